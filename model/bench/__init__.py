@@ -1,0 +1,1 @@
+"""Benchmarks of the model half: every speed claim has its command here."""

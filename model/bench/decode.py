@@ -1,0 +1,241 @@
+"""`padrec bench decode`: wall clock and acceptance of every variant on held-out users, and proof that all agree.
+
+Variants run interleaved in one process on the same requests: plain (a token a pass), plain-forced (forced runs), draft
+(the same draft without PAD-Rec), padrec. Prefill is part of every list's time. Knows bundles and data; no sockets.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.bundle import Bundle, BundleError, load_bundle
+from model.data.histories import histories
+from model.data.movielens import DataError, read_movielens
+from model.decoding.budget import LoadBudget, measured_budget
+from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.offline import Decoded, decode_all
+from model.decoding.plain import PlainTwin
+from model.decoding.request import ListRequest, ListResult
+from model.draft.draft import Draft
+from model.draft.network import DraftNetwork
+
+NEAR_TIE = 1e-4
+Record = dict[str, Any]
+
+
+def held_out_requests(bundle: Bundle, data: Path, k: int, users: int = 0) -> list[ListRequest]:
+    """One request per held-out user: everything but the last `k` items. Raises DataError."""
+    codes = {item.item_id: item.codes for item in bundle.catalog.items}
+    by_user = {h.user_id: h for h in histories(read_movielens(data))}
+    names = bundle.info.report["held_out_users"]
+    found = [ListRequest(u, tuple(codes[i] for i in by_user[u].item_ids[:-10]), k) for u in names]
+    return found[:users] if users else found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to decode."""
+
+    name: str
+    decoder: ListDecoder
+
+
+def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str]) -> list[Variant]:
+    """Fresh decoders with `batch` rows; budgets of the speculating ones are measured first, as a worker does."""
+    made = []
+    survival = {name: bundle.info.report[name]["survival"] for name in ("draft", "draft-plain")}
+    for name in names:
+        speculating = {"draft": "draft-plain", "padrec": "draft"}.get(name)
+        draft = {"draft": bundle.plain_draft, "padrec": bundle.draft}.get(name)
+        decoder = ListDecoder(
+            bundle.target,
+            draft,
+            bundle.trie,
+            bundle.catalog,
+            num_rows=batch,
+            max_history_items=bundle.info.max_history_items,
+            max_k=k,
+            budget=lambda rows: Budget(0),
+            forced=name != "plain",
+        )
+        if speculating:
+            measured_budget(decoder, bundle.golden_requests(8), survival[speculating])
+        made.append(Variant(name, decoder))
+    return made
+
+
+def twin_lists(bundle: Bundle, requests: Sequence[ListRequest]) -> dict[str, tuple[ListResult, float]]:
+    """The slow twin's list of every request, and the smallest distance (nats) between its two best legal tokens."""
+    twin = PlainTwin(bundle.target, [item.codes for item in bundle.catalog.items], bundle.info.max_history_items)
+    return {r.request_id: (twin.decode(r), min(twin.margins, default=float("inf"))) for r in requests}
+
+
+def disagreements(
+    bundle: Bundle,
+    requests: Sequence[ListRequest],
+    results: dict[str, ListResult],
+    twins: dict[str, tuple[ListResult, float]],
+) -> Record:
+    """Counts over lists: identical to the twin, near-ties, mismatches, and items that must not be there."""
+    valid = {item.codes for item in bundle.catalog.items}
+    counts = {"identical": 0, "near_ties": 0, "mismatches": 0, "invalid": 0, "repeated": 0, "excluded": 0}
+    for request in requests:
+        codes = [item.codes for item in results[request.request_id].items]
+        twin, margin = twins[request.request_id]
+        same = codes == [item.codes for item in twin.items]
+        counts["identical" if same else "near_ties" if margin < NEAR_TIE else "mismatches"] += 1
+        counts["invalid"] += sum(c not in valid for c in codes)
+        counts["repeated"] += len(codes) - len(set(codes))
+        counts["excluded"] += sum(c in set(request.history) | set(request.exclude) for c in codes)
+    return {**counts, "identical": counts["identical"] / len(requests)}
+
+
+def bench_decode(
+    bundle: Bundle, requests: Sequence[ListRequest], batches: Sequence[int], repeats: int, say: Callable[[str], None]
+) -> list[Record]:
+    """Medians of interleaved repeats, per variant and batch size."""
+    say("decoding every request with the slow twin")
+    twins = twin_lists(bundle, requests)
+    records = []
+    for batch in batches:
+        made = variants(bundle, batch, requests[0].k, ("plain", "plain-forced", "draft", "padrec"))
+        seconds: dict[str, list[float]] = {v.name: [] for v in made}
+        decoded: dict[str, Decoded] = {}
+        for variant in made:
+            decode_all(variant.decoder, requests[: max(2, batch)])
+        for _ in range(repeats):
+            for variant in made:
+                started = time.perf_counter()
+                decoded[variant.name] = decode_all(variant.decoder, requests)
+                seconds[variant.name].append((time.perf_counter() - started) / len(requests))
+        plain = statistics.median(seconds["plain"])
+        for variant in made:
+            run, times = decoded[variant.name], seconds[variant.name]
+            budget = variant.decoder.budget(batch) if variant.decoder.draft else Budget(0)
+            records.append(
+                {
+                    "variant": variant.name,
+                    "batch": batch,
+                    "lists": len(requests),
+                    "ms_per_list": round(1e3 * statistics.median(times), 3),
+                    "ms_min": round(1e3 * min(times), 3),
+                    "ms_max": round(1e3 * max(times), 3),
+                    "speedup": round(plain / statistics.median(times), 3),
+                    "rounds": round(sum(r.speculation.rounds for r in run.results.values()) / len(requests), 2),
+                    "acceptance_length": round(run.acceptance_length, 3),
+                    "acceptance_by_slot": run.acceptance_by_slot(),
+                    "acceptance_by_step": run.acceptance_by_step(),
+                    "budget_steps": budget.steps,
+                    "budget_width": budget.width,
+                    **disagreements(bundle, requests, run.results, twins),
+                    **machine(),
+                }
+            )
+            say(line(records[-1]))
+    return records
+
+
+def line(record: Record) -> str:
+    """One record for people."""
+    return (
+        f"{record['variant']:13} batch {record['batch']:3}  {record['ms_per_list']:8.2f} ms/list "
+        f"[{record['ms_min']:.2f}-{record['ms_max']:.2f}]  x{record['speedup']:.2f}  rounds {record['rounds']:5.1f}  "
+        f"acceptance {record['acceptance_length']:.2f}  identical {record['identical']:.3f}  "
+        f"mismatches {record['mismatches']} near-ties {record['near_ties']}  slot {record['acceptance_by_slot']}  "
+        f"step {record['acceptance_by_step']}"
+    )
+
+
+def bench_exact(bundle: Bundle, requests: Sequence[ListRequest], say: Callable[[str], None]) -> list[Record]:
+    """Every held-out user, alone and in mixed batches, with a trained, a random and an adversarial draft."""
+    twins = twin_lists(bundle, requests)
+    assert bundle.draft is not None
+    shape = bundle.draft.network.shape
+    torch.manual_seed(1)
+    random_draft = Draft(DraftNetwork(shape), bundle.target.embedding)
+    records = []
+    for name, draft in (("trained", bundle.draft), ("random", random_draft), ("adversarial", adversarial(bundle.draft))):
+        for batch in (1, 8, 32):
+            for width in (1, 3):
+                budget = LoadBudget({batch: Budget(4, width)})
+                decoder = bundle.list_decoder(num_rows=batch, max_k=requests[0].k, draft=draft, budget=budget)
+                decoded = decode_all(decoder, requests)
+                decoder.rows.check_integrity()
+                record = {
+                    "draft": name,
+                    "batch": batch,
+                    "width": width,
+                    "lists": len(requests),
+                    "acceptance_length": round(decoded.acceptance_length, 3),
+                    **disagreements(bundle, requests, decoded.results, twins),
+                }
+                records.append(record)
+                say(json.dumps(record))
+    return records
+
+
+def adversarial(draft: Draft) -> Draft:
+    """A draft that proposes what it believes least: the sign of its output is turned."""
+    network = DraftNetwork(draft.network.shape)
+    network.load_state_dict(draft.network.state_dict())
+    with torch.no_grad():
+        network.norms[2].neg_()
+    return Draft(network, draft.embedding)
+
+
+def machine() -> Record:
+    """Where a figure was measured."""
+    return {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__, "cpu": _cpu()}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`padrec bench decode`. Exit code 1 when an output differs from the twin's beyond near-ties; 2: bad input."""
+    parser = argparse.ArgumentParser(prog="padrec bench decode", description=__doc__)
+    parser.add_argument("--bundle", type=Path, default=Path("model/bundles/movielens-100k"))
+    parser.add_argument("--data", type=Path, default=Path(".data/ml-100k"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--users", type=int, default=0, help="first so many held-out users (0: all)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--exact", action="store_true", help="only prove exactness, for three drafts")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    try:
+        bundle = load_bundle(options.bundle, dtype=options.dtype, device=options.device)
+        requests = held_out_requests(bundle, options.data, options.k, options.users)
+    except (BundleError, DataError, KeyError) as exc:
+        print(f"padrec bench decode: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
+        return 2
+    if options.exact:
+        records = bench_exact(bundle, requests, _say)
+    else:
+        records = bench_decode(bundle, requests, options.batch, options.repeats, _say)
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1) + "\n")
+    return 1 if any(r["mismatches"] or r["invalid"] or r["repeated"] or r["excluded"] for r in records) else 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - a command's answer

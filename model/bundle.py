@@ -1,0 +1,194 @@
+"""Bundle: the one folder serving needs, saved with a manifest of SHA-256 sums, loaded only when every sum holds.
+
+    manifest.json  catalog.jsonl  target/  draft/  draft-plain/  report.json  README.md
+
+Nothing in a bundle is executed: weights are safetensors, the rest JSON. Knows nothing of training or serving.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.catalog import Catalog
+from model.decoding.budget import measured_budget
+from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.request import ListRequest
+from model.draft.draft import Draft
+from model.draft.network import DraftNetwork
+from model.item_trie import ItemTrie
+from model.semantic_id import Vocabulary
+from model.target import Target
+
+FORMAT = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ALLOWED_SUFFIXES = (".json", ".jsonl", ".safetensors", ".md")
+
+
+class BundleError(ValueError):
+    """A bundle that must not be served; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """What a bundle says of itself."""
+
+    name: str
+    version: str
+    catalog_version: str
+    max_history_items: int
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle."""
+
+    info: BundleInfo
+    catalog: Catalog
+    trie: ItemTrie
+    target: Target
+    draft: Draft | None
+    plain_draft: Draft | None
+
+    def list_decoder(self, *, num_rows: int, max_k: int, draft: Draft | None = None, **options: Any) -> ListDecoder:
+        """A decoder over this bundle. Without `draft` the bundle's PAD-Rec draft is used; without a `budget` among
+        `options` a chain of four is drafted until `warm_up` has measured better."""
+        options.setdefault("budget", lambda rows: Budget(4))
+        return ListDecoder(
+            self.target,
+            draft or self.draft,
+            self.trie,
+            self.catalog,
+            num_rows=num_rows,
+            max_history_items=self.info.max_history_items,
+            max_k=max_k,
+            **options,
+        )
+
+    def golden_requests(self, count: int) -> list[ListRequest]:
+        """Deterministic requests for warm-up: histories of popular items."""
+        popular = sorted(self.catalog.items, key=lambda item: (-item.popularity, item.item_id))
+        length = min(self.info.max_history_items, max(1, len(popular) // 4))
+        histories = [popular[i::count][:length] or popular[:1] for i in range(count)]
+        k = min(10, len(popular) - length)
+        return [
+            ListRequest(f"golden-{i}", tuple(item.codes for item in items), k) for i, items in enumerate(histories)
+        ]
+
+    def warm_up(self, decoder: ListDecoder) -> None:
+        """Run every code path once and measure the budget of each load."""
+        survival = self.info.report.get("draft", {}).get("survival", [0.6, 0.4, 0.25, 0.15])
+        measured_budget(decoder, self.golden_requests(min(8, len(self.catalog.items))), survival)
+
+
+def save_manifest(folder: Path, name: str, vocabulary: Vocabulary, max_history_items: int) -> dict[str, Any]:
+    """Sum up every file in `folder` and write its manifest. The version is the hash of the sums."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+    sums = json.dumps({name: entry["sha256"] for name, entry in files.items()}, sort_keys=True)
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "version": hashlib.sha256(sums.encode()).hexdigest()[:12],
+        "catalog_version": Catalog.load(folder / "catalog.jsonl").version,
+        "max_history_items": max_history_items,
+        "vocabulary": vocabulary.as_dict(),
+        "files": files,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file was checked against it. Raises BundleError."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            raise BundleError(f"manifest.json: format {manifest['format']!r} is not {FORMAT}")
+        listed = {name: (str(entry["sha256"]), int(entry["bytes"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        if isinstance(exc, BundleError):
+            raise
+        raise BundleError(f"{folder.name}/manifest.json cannot be used: {exc}") from exc
+    root = folder.resolve()
+    for name, (digest, size) in listed.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(root) or path.is_symlink():
+            raise BundleError(f"manifest.json: {name} lies outside the bundle")
+        if path.suffix not in ALLOWED_SUFFIXES:
+            raise BundleError(f"{name}: only {', '.join(ALLOWED_SUFFIXES)} files may be in a bundle")
+        if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
+            raise BundleError(f"{name}: missing, truncated or changed since the manifest was written")
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
+    if unlisted := sorted(present - set(listed)):
+        raise BundleError(f"{unlisted[0]}: not listed in the manifest")
+    return manifest
+
+
+def load_bundle(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Bundle:
+    """Verify and load. Raises BundleError; nothing is loaded before every hash has been checked."""
+    manifest = verify(folder)
+    try:
+        catalog = Catalog.load(folder / "catalog.jsonl")
+        vocabulary = Vocabulary.from_dict(manifest["vocabulary"])
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if catalog.version != manifest["catalog_version"] or catalog.codebook_sizes != vocabulary.codebook_sizes:
+            raise BundleError("catalog.jsonl: not the catalog this bundle was trained for")
+        trie = ItemTrie(np.array([item.codes for item in catalog.items]), vocabulary, device)
+        target = Target.load(folder / "target", vocabulary, dtype=DTYPES[dtype], device=device)
+        drafts = [_draft(folder / name, target) for name in ("draft", "draft-plain")]
+        info = BundleInfo(
+            str(manifest["name"]),
+            str(manifest["version"]),
+            catalog.version,
+            int(manifest["max_history_items"]),
+            report,
+        )
+    except (ValueError, KeyError, TypeError, OSError, AssertionError) as exc:
+        if isinstance(exc, BundleError):
+            raise
+        raise BundleError(f"{folder.name}: {exc}") from exc
+    return Bundle(info, catalog, trie, target, *drafts)
+
+
+def _draft(folder: Path, target: Target) -> Draft | None:
+    if not folder.exists():
+        return None
+    network = DraftNetwork.load(folder)
+    shape = network.shape
+    if shape.hidden_size != target.hidden_size or max(shape.feature_layers) >= target.num_layers:
+        raise BundleError(f"{folder.name}: does not fit the target's shape")
+    if any(not bool(p.isfinite().all()) for p in network.parameters()):
+        raise BundleError(f"{folder.name}: weights are not finite")
+    return Draft(network, target.embedding)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`padrec bundle FOLDER`: verify a bundle and print what it says of itself."""
+    parser = argparse.ArgumentParser(prog="padrec bundle", description="Verify a bundle and print its manifest.")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args(argv).folder
+    try:
+        manifest = verify(folder)
+        load_bundle(folder)
+    except BundleError as exc:
+        print(f"padrec bundle: {exc}")  # noqa: T201 - a command's answer
+        return 1
+    print(json.dumps({k: v for k, v in manifest.items() if k != "files"}, indent=1))  # noqa: T201
+    return 0

@@ -1,0 +1,159 @@
+"""Frozen configuration of training runs and of what a bundle carries; a recipe is one TOML file read here.
+
+Knows nothing of tensors: every value is a plain number, string or tuple, checked once at load.
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the field."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which logs, and who is held out. Users are held out whole: none of their items is trained on."""
+
+    folder: str = ".data/ml-100k"
+    held_out_users: int = 100
+    validation_users: int = 30
+    min_history: int = 10
+    cases_per_user: int = 8
+    max_users: int = 0  # 0: all
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Item embeddings and their residual quantisation; the last level, which separates collisions, is implied."""
+
+    embedding_size: int = 64
+    context_items: int = 10
+    attribute_weight: float = 0.3
+    codebook_sizes: tuple[int, ...] = (32, 32, 32)
+    iterations: int = 50
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """Shape and training of the target. `max_history_items` is also the serving limit of the prompt."""
+
+    architecture: str = "llama"
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_layers: int = 14
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    max_history_items: int = 20
+    window_items: int = 32
+    item_dropout: float = 0.1
+    order_jitter: float = 8.0
+    epochs: int = 20
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup_fraction: float = 0.05
+    patience: int = 3
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class ListsConfig:
+    """Lists the target writes for training users under the serving constraints: the draft's training data."""
+
+    lists_per_user: int = 8
+    list_items: int = 10
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Shape and training of the draft; `steps` draft steps are unrolled in training."""
+
+    num_heads: int = 4
+    intermediate_size: int = 352
+    steps: int = 5
+    step_loss_decay: float = 0.8
+    epochs: int = 10
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_fraction: float = 0.05
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Size of the evaluation and the gates a bundle must pass to be written."""
+
+    list_items: int = 10
+    max_cases: int = 0  # 0: all
+    require_beats_baselines: bool = True
+    min_acceptance_length: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run."""
+
+    name: str
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    lists: ListsConfig = field(default_factory=ListsConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved recipe, to be written beside its results."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe. Raises RecipeError naming the offending field."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as exc:
+        raise RecipeError(f"{path}: {exc}") from exc
+    sections = {f.name: f for f in dataclasses.fields(Recipe) if f.name != "name"}
+    unknown = set(document) - set(sections) - {"name"}
+    if unknown:
+        raise RecipeError(f"{path}: unknown section {sorted(unknown)[0]!r}")
+    if not isinstance(document.get("name"), str):
+        raise RecipeError(f"{path}: 'name' must be a string")
+    built = {
+        name: _section(path, name, section.default_factory, document.get(name, {}))  # type: ignore[arg-type]
+        for name, section in sections.items()
+    }
+    return Recipe(name=document["name"], **built)
+
+
+def _section(path: Path, name: str, section: Any, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: [{name}] must be a table")
+    defaults = section()
+    fields = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(defaults)}
+    for key, value in values.items():
+        if key not in fields:
+            raise RecipeError(f"{path}: [{name}] has no field {key!r}")
+        fields[key] = _checked(f"{path}: {name}.{key}", fields[key], value)
+    return section(**fields)
+
+
+def _checked(where: str, default: Any, value: Any) -> Any:
+    if isinstance(default, tuple):
+        if not (isinstance(value, list) and value and all(type(v) is int and v > 0 for v in value)):
+            raise RecipeError(f"{where} must be a list of positive integers")
+        return tuple(value)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise RecipeError(f"{where} must be {type(default).__name__}")
+    if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+        raise RecipeError(f"{where} must not be negative")
+    return value

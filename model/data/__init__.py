@@ -1,0 +1,1 @@
+"""Logs -> histories -> splits -> token batches. Used by training and evaluation, never by serving."""

@@ -1,0 +1,64 @@
+"""How much a round may draft at each load, from what a round costs on this device and what drafting gains.
+
+At warm-up, rounds are timed per number of rows and candidate budget; a candidate's gain is the expected number of
+decisions of a round, from the survival probabilities the bundle's report holds. The best ratio wins, no speculation
+included, so that speculating is never slower than not. Knows decoders and numbers; nothing of queues.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.request import ListRequest
+
+LOADS = (1, 2, 4, 8, 16, 32, 64)
+CANDIDATES = (Budget(0), Budget(1), Budget(2), Budget(3), Budget(4), Budget(6))
+
+
+def expected_decisions(budget: Budget, survival: Sequence[float]) -> float:
+    """Decisions a round gains on average: the target's own, and each draft step that survives up to there."""
+    return 1.0 + sum(survival[: budget.steps])
+
+
+class LoadBudget:
+    """Budget by rows in use: that of the smallest measured load not below it."""
+
+    def __init__(self, by_load: Mapping[int, Budget]) -> None:
+        if not by_load:
+            raise ValueError("a budget needs at least one load")
+        self.by_load = dict(sorted(by_load.items()))
+
+    def __call__(self, rows: int) -> Budget:
+        fitting = (budget for load, budget in self.by_load.items() if load >= rows)
+        return next(fitting, list(self.by_load.values())[-1])
+
+
+def measured_budget(
+    decoder: ListDecoder, requests: Sequence[ListRequest], survival: Sequence[float], repeats: int = 5
+) -> LoadBudget:
+    """Time rounds of `requests` (repeated as needed) at every load up to the decoder's rows. The decoder must be idle;
+    it is idle again afterwards, and its budget is the one returned."""
+    num_rows = len(decoder.rows.held)
+    loads = [load for load in LOADS if load < num_rows] + [num_rows]
+    candidates = [c for c in CANDIDATES if c.steps <= min(len(survival), decoder.max_steps) and decoder.draft or not c.steps]
+    chosen = {}
+    for load in loads:
+        batch = [requests[i % len(requests)] for i in range(load)]
+        cost = {c: _round_seconds(decoder, batch, c, repeats) for c in candidates}
+        chosen[load] = min(candidates, key=lambda c: cost[c] / expected_decisions(c, survival))
+    decoder.budget = LoadBudget(chosen)
+    return decoder.budget
+
+
+def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> float:
+    decoder.budget = lambda rows: budget
+    decoder.admit(batch)
+    seconds = []
+    for _ in range(repeats):
+        if len(decoder.rows.in_use) < len(batch):
+            break  # lists are ending: a round of fewer rows would count as cheap
+        stats = decoder.round()[1]
+        seconds.append(stats.draft_seconds + stats.verify_seconds)
+    for index in decoder.rows.in_use:
+        decoder.rows.free(index)
+    return median(seconds)

@@ -1,0 +1,208 @@
+"""The draft tree: the guessed continuations of one round, and the packing of runs into one pass.
+
+A tree node is one choice and the forced run after it; the tree grows one choice deeper per draft step, keeping the
+`width` best nodes by the draft's own joint probability (width 1 is a chain). The slot of a node is its depth in the
+item trie. Legality is path-dependent: an item completed on the way to a node is illegal below it.
+Knows nothing of verification or requests.
+
+Shapes: B rows, W nodes a step, J steps, M = J W nodes, G = 1 + M groups (group 0 is the pending run, group 1 + m is
+node m), Q = L + 1 tokens a run at most, C the largest codebook, d hidden size, n packed tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from model.draft.draft import Draft
+from model.item_trie import ANY_NODE, Availability, Children, ItemTrie, Run
+from model.kv_cache import KVCache, Write
+from model.target import Target
+
+Tensor = torch.Tensor
+
+
+class Root(NamedTuple):
+    """Where a tree grows: `feature` [B, d] the draft's output at the last pending token, `node` [B] in the trie,
+    `position` [B] of the next token, `remaining` [B] items the draft may still guess at (0: none)."""
+
+    feature: Tensor
+    node: Tensor
+    position: Tensor
+    remaining: Tensor
+
+
+class DraftTree(NamedTuple):
+    """Nodes in order of steps: `tokens`, `slots` [B, M, Q], `length` [B, M] (0: no node), `leaf` [B, M], `node` [B, M] trie
+    node after the run, `parent` [B, M] group, `choice` [B, M] index among the parent's children, `slot` [B, M] of the
+    choice, `start` [B, M] position of the first token, `sees` [B, G, G] group visibility (itself included), and the
+    `children` [B, G, C] of every group."""
+
+    tokens: Tensor
+    slots: Tensor
+    length: Tensor
+    leaf: Tensor
+    node: Tensor
+    parent: Tensor
+    choice: Tensor
+    slot: Tensor
+    start: Tensor
+    sees: Tensor
+    children: Children
+
+
+class Packing(NamedTuple):
+    """Runs side by side without gaps: `index` [B, n] into the G*Q padded tokens, `valid` [B, n], `end` [B, G] packed
+    place of each group's last token, `total` [B]."""
+
+    index: Tensor
+    valid: Tensor
+    end: Tensor
+    total: Tensor
+
+
+def pack(length: Tensor, places: int) -> Packing:
+    """Pack runs of `length` [B, G], each padded to `places` tokens. n is the longest row's (on a GPU: the bound)."""
+    rows, groups = length.shape
+    stop = length.cumsum(1)
+    total = stop[:, -1]
+    width = groups * places if length.is_cuda else int(total.max())
+    order = torch.arange(places, device=length.device)
+    goes_to = (stop - length).unsqueeze(-1) + order
+    goes_to = torch.where(order < length.unsqueeze(-1), goes_to, width).flatten(1)
+    index = torch.zeros(rows, width + 1, dtype=torch.int64, device=length.device)
+    index.scatter_(1, goes_to, torch.arange(groups * places, device=length.device).expand(rows, -1))
+    valid = torch.arange(width, device=length.device) < total.unsqueeze(1)
+    return Packing(index[:, :width], valid, (stop - 1).clamp_(min=0), total)
+
+
+def additive(visible: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Attention mask: 0 where visible, -inf elsewhere, with a head dimension."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+
+
+def behind(committed: Tensor, own: Tensor, length: int) -> Tensor:
+    """Visibility [B, n, length]: everything committed [B], then `own` [B, n, m] for the m positions behind it."""
+    rows, new, extra = own.shape
+    places = torch.arange(length, device=own.device)
+    # At least one position is visible to every token, padding too: a softmax over nothing is NaN, and NaN in a
+    # cache survives masking.
+    visible = (places < committed[:, None].clamp(min=1)).unsqueeze(1).expand(rows, new, length).contiguous()
+    index = committed[:, None] + torch.arange(extra, device=own.device)
+    return visible.scatter_(2, index.unsqueeze(1).expand(rows, new, extra), own)
+
+
+def write_at(positions: Tensor) -> Write:
+    """Where rows 0..B-1 store the tokens of a pass."""
+    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+    single = positions.shape[0] == 1 and not positions.is_cuda
+    return Write(rows, positions, 0, int(positions[0, 0]) if single else None)
+
+
+def legal_logits(target: Target, trie: ItemTrie, hidden: Tensor, nodes: Tensor, children: Children) -> Tensor:
+    """Logits [B, G, C] of the children of `nodes` [B, G], -inf where not legal, from `hidden` [B, G, d]."""
+    level = trie.depth[nodes].clamp(max=trie.num_levels - 1)
+    columns = target.head_columns[level].unsqueeze(-1) + children.codes
+    logits = target.item_logits(hidden).gather(-1, columns.clamp_(max=target.num_item_tokens - 1))
+    return logits.masked_fill_(children.available <= 0, float("-inf"))
+
+
+def grow(
+    draft: Draft | None,
+    target: Target,
+    trie: ItemTrie,
+    may: Availability,
+    cache: KVCache | None,
+    root: Root,
+    steps: int,
+    width: int,
+) -> DraftTree:
+    """Draft `steps` choices deep. With steps = 0 the tree is empty but for the pending run's children."""
+    rows, device, places = root.node.shape[0], root.node.device, trie.num_levels + 1
+    feature, node = root.feature.unsqueeze(1), root.node.unsqueeze(1)
+    position, remaining = root.position.unsqueeze(1), root.remaining.unsqueeze(1)
+    path = torch.empty(rows, 1, 0, dtype=torch.int64, device=device)
+    score = torch.zeros(rows, 1, device=device)
+    sees = torch.eye(1 + steps * width, dtype=torch.bool, device=device).repeat(rows, 1, 1)
+    sees[:, :, 0] = True
+    group = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+    windows, grown = [], []
+    order = torch.arange(places, device=device)
+    present: list[Tensor] = []
+    for step in range(steps):
+        children = trie.children(node, may, path)
+        windows.append(children)
+        logits = legal_logits(target, trie, feature, node, children)
+        parent, choice, score, valid = _best(logits, score, remaining > 0, width)
+        slot = trie.depth[node].gather(1, parent)
+        chosen = children.nodes.flatten(1).gather(1, parent * logits.shape[-1] + choice)
+        run = trie.run(chosen.masked_fill(~valid, ANY_NODE))
+        length = run.length * valid
+        leaf = torch.where(valid, run.leaf, trie.num_items)
+        start = position.gather(1, parent)
+        above = group.gather(1, parent)
+        group = torch.arange(1 + step * width, 1 + step * width + width, device=device).expand(rows, -1)
+        own = sees[:, 1 + step * width : 1 + step * width + width]
+        own |= sees.gather(1, above.unsqueeze(-1).expand(-1, -1, sees.shape[-1]))
+        grown.append((run.tokens, run.slots, length, leaf, run.node, above, choice, slot, start))
+        path = torch.cat([_pick(path, parent), leaf.unsqueeze(-1)], dim=-1)
+        remaining = torch.where(valid, remaining.gather(1, parent) - (leaf < trie.num_items).long(), 0)
+        feature, node, position = _pick(feature, parent), run.node, start + length
+        present.append(order < length.unsqueeze(-1))
+        if step + 1 < steps:
+            assert draft is not None and cache is not None, "drafting needs a draft"
+            seen = own[:, :, 1 : 1 + (step + 1) * width].unsqueeze(-1) & torch.cat(present, 1).unsqueeze(1)
+            feature = _draft_step(draft, cache, root.position, run, length, start, feature, seen.flatten(2), step)
+    windows.append(trie.children(node, may, path))
+    children = Children(*(torch.cat(parts, dim=1) for parts in zip(*windows, strict=True)))
+    if not grown:
+        none = torch.empty(rows, 0, dtype=torch.int64, device=device)
+        tokens = none.unsqueeze(-1).expand(rows, 0, places)
+        return DraftTree(tokens, tokens, none, none, none, none, none, none, none, sees, children)
+    return DraftTree(*(torch.cat(parts, dim=1) for parts in zip(*grown, strict=True)), sees, children)
+
+
+def _best(logits: Tensor, score: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """parent, choice, joint log-probability and validity, [B, W] each, of the best continuations of all parents."""
+    if width == 1:
+        best, choice = logits.max(-1)
+        return torch.zeros_like(choice), choice, score, wanted & (best > float("-inf"))
+    joint = torch.log_softmax(logits, -1) + score.unsqueeze(-1)
+    joint = torch.where(wanted.unsqueeze(-1) & joint.isfinite(), joint, float("-inf")).flatten(1)
+    top = joint.topk(width, dim=1)
+    parent = top.indices // logits.shape[-1]
+    return parent, top.indices % logits.shape[-1], top.values, top.values > float("-inf")
+
+
+def _draft_step(
+    draft: Draft,
+    cache: KVCache,
+    committed: Tensor,
+    run: Run,
+    length: Tensor,
+    start: Tensor,
+    feature: Tensor,
+    seen: Tensor,
+    step: int,
+) -> Tensor:
+    """Output features [B, W, d] after the runs of one step. All tokens of a run share the feature that chose it; the
+    last one asks. `seen` [B, W, x] says which of the x guessed tokens so far (this step's included) each node sees."""
+    rows, width, places = run.tokens.shape
+    order = torch.arange(places, device=length.device)
+    positions = start.unsqueeze(-1) + order
+    extra = width * places
+    stored = committed[:, None] + torch.arange(step * extra, (step + 1) * extra, device=length.device)
+    features = feature.unsqueeze(2).expand(-1, -1, places, -1).flatten(1, 2)
+    z = draft.read(
+        run.tokens.flatten(1), run.slots.flatten(1), features, positions.flatten(1), step + 1, cache, write_at(stored)
+    )
+    last = (length - 1).clamp(min=0)
+    z = z.unflatten(1, (width, places)).gather(2, last[..., None, None].expand(-1, -1, 1, z.shape[-1])).squeeze(2)
+    reach = int(committed.max()) + (step + 1) * extra if not length.is_cuda else cache.num_positions
+    mask = additive(behind(committed, seen, reach))
+    return draft.predict(z, start + last, mask, cache, reach)
+
+
+def _pick(values: Tensor, parent: Tensor) -> Tensor:
+    """values [B, W', x] of the parents [B, W]."""
+    return values.gather(1, parent.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -1,0 +1,363 @@
+"""ListDecoder: writes lists for many requests at once, round by round, over fixed rows.
+
+A round drafts a tree, verifies it in one target pass, accepts, moves the accepted keys/values into place and hands
+back what each row gained. Without a draft a round is one pass over the pending run (forced runs), or over one token
+(`forced=False`). Whatever the mode and the company, a row's list is the one `plain.PlainTwin` writes.
+Knows nothing of queues, deadlines or sockets.
+
+Shapes: B rows 0..highest in use, J steps, W width, G = 1 + J W groups, K = J + 1 decisions, Q = L + 1 tokens a run at
+most, C the largest codebook, n packed tokens, d hidden size.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from model.catalog import Catalog
+from model.decoding.draft_tree import (
+    DraftTree,
+    Packing,
+    Root,
+    additive,
+    behind,
+    grow,
+    legal_logits,
+    pack,
+    write_at,
+)
+from model.decoding.filters import FilterTable
+from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
+from model.decoding.rows import Gain, Rows, account
+from model.decoding.verify import Verdict, accept_greedy
+from model.draft.draft import Draft
+from model.item_trie import Children, ItemTrie, Run
+from model.kv_cache import Write
+from model.target import Target
+
+Tensor = torch.Tensor
+
+
+class Budget(NamedTuple):
+    """Draft nodes of a round: `steps` choices deep, `width` nodes a step. Zero steps: no speculation."""
+
+    steps: int
+    width: int = 1
+
+
+class Choice(NamedTuple):
+    """The target's best legal child at every group: `index` [B, G] among the children, `node` [B, G] stepped into,
+    `score` [B, G] log-probability in nats, `logits` [B, G, C] (-inf where not legal) and the `children` themselves."""
+
+    index: Tensor
+    node: Tensor
+    score: Tensor
+    logits: Tensor
+    children: Children
+
+
+Record = Callable[[Sequence[int], Tensor, Choice], None]
+
+
+class ListDecoder:
+    """Rows of requests being decoded. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft | None,
+        trie: ItemTrie,
+        catalog: Catalog,
+        *,
+        num_rows: int,
+        max_history_items: int,
+        max_k: int,
+        budget: Callable[[int], Budget],
+        max_steps: int = 8,
+        max_nodes: int = 16,
+        forced: bool = True,
+        record: Record | None = None,
+    ) -> None:
+        """`budget(rows in use)` decides how much a round drafts, within `max_steps` and `max_nodes`; `forced=False` is
+        plain decoding, a token a pass. `record(rows, nodes [B], choice)` sees every choice made without a draft."""
+        self.target, self.draft, self.trie, self.max_k = target, draft, trie, max_k
+        self.budget, self.max_steps, self.max_nodes = budget, max_steps, max_nodes
+        self.forced, self.record = forced, record
+        vocabulary = target.vocabulary
+        self.places = vocabulary.tokens_per_item
+        prompt = len(vocabulary.prompt_prefix) + max_history_items * self.places
+        positions = prompt + (max_k + 1 + max_nodes) * self.places
+        target.reserve_positions(positions)
+        self.cache = target.new_cache(num_rows, positions)
+        self.draft_cache = draft.new_cache(num_rows, positions) if draft else None
+        filters = FilterTable(catalog, trie, num_rows)
+        self.rows = Rows(num_rows, trie, filters, max_history_items, max_steps + 1, target.hidden_size)
+
+    def validate(self, request: ListRequest) -> None:
+        """Raises InvalidRequest for content this decoder cannot decode."""
+        if not 1 <= request.k <= self.max_k:
+            raise InvalidRequest("/k", f"must lie between 1 and {self.max_k}")
+        if not request.history:
+            raise InvalidRequest("/history", "needs at least one item")
+        for name, items in (("history", request.history), ("exclude", request.exclude)):
+            if any(self.trie.leaf(codes) is None for codes in items):
+                raise InvalidRequest(f"/{name}", "names an item that is not in this catalog version")
+        self.rows.filters.leaves(request.filters)
+
+    def cancel(self, request_id: str) -> bool:
+        """Free the row of a request; whether there was one."""
+        for index in self.rows.in_use:
+            if self.rows.row(index).request.request_id == request_id:
+                self.rows.free(index)
+                return True
+        return False
+
+    # ---- prompts ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def admit(self, requests: Sequence[ListRequest]) -> list[ListResult]:
+        """Give each (validated) request a row and read its prompt. Returns the lists that are complete already."""
+        assert len(requests) <= self.rows.num_free, f"{len(requests)} requests for {self.rows.num_free} free rows"
+        started = time.perf_counter()
+        placed = [self.rows.place(request, self.max_steps + 2) for request in requests]
+        finished = [self.rows.finish(i) for i in placed if not self.rows.row(i).wanted]
+        indices = [i for i in placed if self.rows.held[i] is not None]
+        if indices:
+            self._prefill(indices)
+        for index in indices:
+            row = self.rows.row(index)
+            row.prefill_seconds = time.perf_counter() - started
+            if row.done:
+                finished.append(self.rows.finish(index))
+        return finished
+
+    def _prefill(self, indices: list[int]) -> None:
+        """Read the prompts of newly placed rows in one pass and make the first choice of each."""
+        device, held = self.target.device, [self.rows.row(i) for i in indices]
+        prompts = [self.target.vocabulary.prompt(row.request.history[-row.history_used :]) for row in held]
+        longest = max(len(tokens) for tokens, _ in prompts)
+        tokens, slots = (
+            torch.tensor([p[part] + [0] * (longest - len(p[part])) for p in prompts], device=device) for part in (0, 1)
+        )
+        length = torch.tensor([len(p[0]) for p in prompts], device=device)
+        rows = torch.tensor(indices, device=device)
+        positions = torch.arange(longest, device=device).expand(len(indices), -1)
+        at = Write(rows[:, None], positions, indices[0], 0 if len(indices) == 1 else None)
+        layers = self.draft.feature_layers if self.draft else ()
+        output = self.target(tokens, positions, self.cache, at, None, longest, layers)
+        last = (length - 1)[:, None]
+        feature = None
+        if self.draft and self.draft_cache:
+            fused = self.draft.fuse_features(output.features)
+            # A token's partner is the feature before it; the first token has none.
+            before = torch.cat([torch.zeros_like(fused[:, :1]), fused[:, :-1]], dim=1)
+            self.draft.read(tokens, slots, before, positions, 0, self.draft_cache, at)
+            feature = _at(fused, last)
+        root = torch.zeros_like(last)
+        choice = self._choose(_at(output.hidden, last), root, self.trie.children(root, self.rows.may(rows)))
+        if self.record:
+            self.record(indices, root[:, 0], choice)
+        run = self._step_into(root, choice.node)
+        gain = Gain(run.tokens, run.slots, run.length, run.leaf, feature, torch.zeros_like(length), run.node[:, 0])
+        self.rows.advance(rows, length, gain)
+        self._account(indices, choice.score, gain)
+
+    # ---- rounds -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def round(self) -> tuple[list[ListResult], RoundStats]:
+        """Advance every row in use by one round. Returns the lists it completed, and what it did."""
+        started = time.perf_counter()
+        indices = self.rows.in_use
+        count = indices[-1] + 1
+        budget = self._budget(indices)
+        tree = self._draft_tree(count, budget)
+        drafted = time.perf_counter()
+        length = torch.cat([self.rows.pending_length[:count], tree.length], dim=1)
+        packing = pack(length, self.places)
+        hidden, feature = self._verify(count, tree, packing, budget)
+        nodes = torch.cat([self.rows.node[:count, None], tree.node], dim=1)
+        choice = self._choose(hidden, nodes, tree.children)
+        verdict = accept_greedy(tree, choice.index, budget.steps, budget.width)
+        if self.record and not budget.steps:
+            self.record(range(count), nodes[:, 0], choice)
+        gain = self._gain(tree, nodes, choice, verdict, feature)
+        base = self._settle(count, tree, packing, verdict, gain, budget)
+        self.rows.advance(torch.arange(count, device=base.device), base, gain)
+        self._account(indices, choice.score.gather(1, verdict.path)[indices], _rows_of(gain, indices))
+        ended = time.perf_counter()
+        stats = self._book(indices, tree, verdict, packing, (drafted - started, ended - drafted), budget)
+        return [self.rows.finish(i) for i in indices if self.rows.row(i).done], stats
+
+    def _budget(self, indices: list[int]) -> Budget:
+        """The round's budget. Rows of a round without speculation lose touch with the draft's cache: they finish
+        without it (a short list), so that a round that drafts nothing also costs nothing."""
+        willing = self.draft is not None and bool((self.rows.draftable[indices] > 0).any())
+        budget = self.budget(len(indices)) if willing else Budget(0)
+        if not budget.steps:
+            self.rows.draftable.zero_()
+            return Budget(0)
+        assert budget.steps <= self.max_steps and budget.steps * budget.width <= self.max_nodes, budget
+        return budget
+
+    def _draft_tree(self, count: int, budget: Budget) -> DraftTree:
+        rows = self.rows
+        position = rows.base[:count] + rows.pending_length[:count, 0]
+        root = Root(rows.fresh_feature[:count, 0], rows.node[:count], position, rows.draftable[:count])
+        if budget.steps and self.draft and self.draft_cache:
+            root = root._replace(feature=self._read_fresh(count, position))
+        return grow(
+            self.draft, self.target, self.trie, rows.may(slice(count)), self.draft_cache, root, *budget
+        )
+
+    def _read_fresh(self, count: int, position: Tensor) -> Tensor:
+        """Draft step 0: read the runs gained since the last draft, with the target's features; [B, d] at the last."""
+        assert self.draft and self.draft_cache
+        rows = self.rows
+        packing = pack(rows.fresh_length[:count], self.places)
+        tokens, slots = (x[:count].flatten(1).gather(1, packing.index) for x in (rows.fresh_tokens, rows.fresh_slots))
+        feature = _at(rows.fresh_feature[:count], packing.index // self.places)
+        order = torch.arange(packing.index.shape[1], device=position.device)
+        stored = (position - packing.total)[:, None] + order
+        z = self.draft.read(tokens, slots, feature, stored, 0, self.draft_cache, write_at(stored))
+        last = (packing.total - 1).clamp(min=0)[:, None]
+        reach = self.draft_cache.num_positions if position.is_cuda else int(position.max())
+        nothing = torch.zeros(count, 1, 0, dtype=torch.bool, device=position.device)
+        mask = additive(behind(position, nothing, reach))
+        return self.draft.predict(_at(z, last), stored.gather(1, last), mask, self.draft_cache, reach)[:, 0]
+
+    def _verify(self, count: int, tree: DraftTree, packing: Packing, budget: Budget) -> tuple[Tensor, Tensor | None]:
+        """The target's pass over pending run and tree: hidden states and fused features [B, G, d] at group ends."""
+        rows, base = self.rows, self.rows.base[:count]
+        tokens = torch.cat([rows.pending_tokens[:count], tree.tokens], dim=1).flatten(1).gather(1, packing.index)
+        group, place = packing.index // self.places, packing.index % self.places
+        positions = torch.cat([base[:, None], tree.start], dim=1).gather(1, group) + place
+        width = packing.index.shape[1]
+        own = torch.ones(width, width, dtype=torch.bool, device=base.device).tril().expand(count, -1, -1)
+        if budget.width > 1:
+            sees = _at(tree.sees, group).gather(2, group.unsqueeze(1).expand(-1, width, -1))
+            own = own & sees
+        stored = base[:, None] + torch.arange(width, device=base.device)
+        reach = self.cache.num_positions if base.is_cuda else int(base.max()) + width
+        mask = additive(behind(base, own, reach), self.target.dtype)
+        layers = self.draft.feature_layers if self.draft else ()
+        output = self.target(tokens, positions, self.cache, write_at(stored), mask, reach, layers)
+        if self.draft is None:
+            return _at(output.hidden, packing.end), None
+        feature = self.draft.fuse_features(tuple(_at(f, packing.end) for f in output.features))
+        return _at(output.hidden, packing.end), feature
+
+    def _choose(self, hidden: Tensor, nodes: Tensor, children: Children) -> Choice:
+        """Ties go to the lowest token: children ascend by code and `max` names the first. A token without an
+        alternative scores exactly 0."""
+        logits = legal_logits(self.target, self.trie, hidden, nodes, children)
+        best = logits.max(-1)
+        score = best.values - logits.logsumexp(-1)
+        node = children.nodes.gather(-1, best.indices.unsqueeze(-1)).squeeze(-1)
+        return Choice(best.indices, node, torch.where(score.isfinite(), score, 0.0), logits, children)
+
+    def _step_into(self, nodes: Tensor, chosen: Tensor) -> Run:
+        """The run that starts with each choice; without forced runs, a token alone, the separator one of its own."""
+        if self.forced:
+            return self.trie.run(chosen)
+        at_leaf = self.trie.depth[nodes] == self.trie.num_levels
+        run = self.trie.run(torch.where(at_leaf, nodes, chosen), forced=False)
+        return Run(
+            run.tokens.masked_fill(at_leaf.unsqueeze(-1), self.target.vocabulary.separator),
+            run.slots.masked_fill(at_leaf.unsqueeze(-1), self.trie.num_levels),
+            run.length.masked_fill(at_leaf, 1),
+            run.node.masked_fill(at_leaf, 0),
+            run.leaf.masked_fill(at_leaf, self.trie.num_items),
+        )
+
+    def _gain(self, tree: DraftTree, nodes: Tensor, choice: Choice, verdict: Verdict, feature: Tensor | None) -> Gain:
+        """Accepted runs, then the run of the target's own choice after them."""
+        current = verdict.path[:, -1:]
+        bonus = self._step_into(nodes.gather(1, current), choice.node.gather(1, current))
+        steps = torch.arange(verdict.path.shape[1], device=current.device)
+        last = verdict.accepted[:, None]
+        following = torch.cat([verdict.path[:, 1:] - 1, current], dim=1)
+        index = torch.where(steps < last, following, tree.length.shape[1]).clamp_(min=0)
+        # An idle row has no pending run, and gains nothing.
+        kept = (steps <= last) & (self.rows.pending_length[: len(last)] > 0)
+        length = torch.cat([tree.length, bonus.length], dim=1).gather(1, index) * kept
+        leaf = torch.cat([tree.leaf, bonus.leaf], dim=1).gather(1, index)
+        return Gain(
+            _at(torch.cat([tree.tokens, bonus.tokens], dim=1), index),
+            _at(torch.cat([tree.slots, bonus.slots], dim=1), index),
+            length,
+            torch.where(kept, leaf, self.trie.num_items),
+            None if feature is None else _at(feature, verdict.path),
+            verdict.accepted,
+            bonus.node[:, 0],
+        )
+
+    def _settle(
+        self, count: int, tree: DraftTree, packing: Packing, verdict: Verdict, gain: Gain, budget: Budget
+    ) -> Tensor:
+        """Move accepted keys/values into place; the target's cache then holds [B] tokens a row."""
+        base, pending = self.rows.base[:count], self.rows.pending_length[:count, 0]
+        grown = pending + gain.length.sum(1) - gain.length.gather(1, gain.last[:, None])[:, 0]
+        if budget.width > 1:  # a chain's accepted tokens are in place already
+            group = packing.index // self.places
+            on_path = (group.unsqueeze(-1) == verdict.path.unsqueeze(1)).any(-1) & packing.valid
+            picked = (~on_path).long().argsort(dim=1, stable=True)
+            self.cache.keep(base, picked if base.is_cuda else picked[:, : int(grown.max())])
+        return base + grown
+
+    # ---- host -------------------------------------------------------------------------------------------------
+
+    def _account(self, indices: Sequence[int], scores: Tensor, gain: Gain) -> None:
+        decisions = (gain.last + 1).tolist()
+        told = zip(indices, decisions, scores.tolist(), gain.leaf.tolist(), gain.length.tolist(), strict=True)
+        for index, taken, score, leaf, length in told:
+            account(self.rows.row(index), score[:taken], leaf[:taken], length[:taken], self.trie.num_items)
+
+    def _book(
+        self,
+        indices: list[int],
+        tree: DraftTree,
+        verdict: Verdict,
+        packing: Packing,
+        seconds: tuple[float, float],
+        budget: Budget,
+    ) -> RoundStats:
+        """Count the round, per row and in all."""
+        nodes, num_slots = tree.length > 0, self.trie.num_levels
+        drafted, accepted = nodes.sum(1).tolist(), verdict.accepted.tolist()
+        for index in indices:
+            row = self.rows.row(index)
+            row.rounds += 1
+            row.draft_tokens += drafted[index]
+            row.accepted_tokens += accepted[index]
+            row.decode_seconds += sum(seconds)
+        by_step = nodes.unflatten(1, (budget.steps, budget.width)).sum((0, 2)).tolist() if budget.steps else []
+        slots = [tree.slot[nodes]]
+        if budget.steps:
+            on_path = torch.arange(budget.steps, device=nodes.device) < verdict.accepted[:, None]
+            slots.append(tree.slot.gather(1, (verdict.path[:, 1:] - 1).clamp(min=0))[on_path])
+        by_slot = [torch.bincount(s, minlength=num_slots).tolist() for s in slots]
+        length = self.rows.pending_length
+        return RoundStats(
+            rows=len(indices),
+            draft_seconds=seconds[0],
+            verify_seconds=seconds[1],
+            target_tokens=int(packing.total.sum()),
+            draft_tokens=sum(drafted),
+            accepted_tokens=sum(accepted[i] for i in indices),
+            forced_tokens=int((length[indices] - 1).clamp(min=0).sum()),
+            drafted_by_step=tuple(by_step),
+            accepted_by_step=tuple(sum(a > s for a in accepted) for s in range(budget.steps)),
+            drafted_by_slot=tuple(by_slot[0]),
+            accepted_by_slot=tuple(by_slot[-1]) if budget.steps else (0,) * num_slots,
+        )
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """values [B, x, y] at places [B, z] -> [B, z, y]."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def _rows_of(gain: Gain, indices: list[int]) -> Gain:
+    return gain._replace(last=gain.last[indices], leaf=gain.leaf[indices], length=gain.length[indices])

@@ -1,0 +1,65 @@
+"""The slow twin of every decoder: one token per pass, one request at a time, legality by looking at every item.
+
+No draft, no forced runs, no trie, no batch. What it writes is by definition the right answer.
+"""
+
+import torch
+
+from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
+from model.item_trie import legal_codes_by_search
+from model.kv_cache import KVCache, Write
+from model.semantic_id import Codes
+from model.target import Target
+
+
+class PlainTwin:
+    """Greedy list decoding, as plainly as it can be said."""
+
+    def __init__(self, target: Target, items: list[Codes], max_history_items: int) -> None:
+        self.target, self.items, self.max_history_items = target, items, max_history_items
+        self.margins: list[float] = []
+
+    @torch.no_grad()
+    def decode(self, request: ListRequest, allowed: set[Codes] | None = None) -> ListResult:
+        """The list for `request`; `allowed` are the items that pass its filters (None: all). `margins` then holds, for
+        each token with a choice, the distance in nats between the two best legal tokens."""
+        vocabulary, self.margins = self.target.vocabulary, []
+        banned = set(request.exclude) | (set(request.history) if request.exclude_history else set())
+        if allowed is not None:
+            banned |= set(self.items) - allowed
+        used = request.history[-self.max_history_items :]
+        tokens, _ = vocabulary.prompt(used)
+        cache = self.target.new_cache(1, len(tokens) + request.k * vocabulary.tokens_per_item)
+        logits = self._pass(tokens, 0, cache)
+        length = len(tokens)
+        found: list[ScoredItem] = []
+        while len(found) < request.k and len(set(self.items) - banned):
+            codes: Codes = ()
+            score = 0.0
+            for level in range(vocabulary.num_levels):
+                legal = legal_codes_by_search(self.items, codes, banned)
+                column = int(self.target.head_columns[level])
+                log_probs = torch.log_softmax(logits[[column + c for c in legal]], dim=0)
+                best = int(log_probs.argmax())
+                if len(legal) > 1:
+                    first, second = log_probs.topk(2).values.tolist()
+                    self.margins.append(first - second)
+                codes, score = (*codes, legal[best]), score + float(log_probs[best])
+                logits = self._pass([vocabulary.level_offsets[level] + legal[best]], length, cache)
+                length += 1
+            logits = self._pass([vocabulary.separator], length, cache)
+            length += 1
+            found.append(ScoredItem(codes, score))
+            banned.add(codes)
+        return ListResult(request.request_id, tuple(found), SpeculationStats(), len(used))
+
+    def _pass(self, tokens: list[int], start: int, cache: KVCache) -> torch.Tensor:
+        """Item logits [S] after `tokens`, which go to positions start, start+1, ..."""
+        new, length = len(tokens), start + len(tokens)
+        positions = torch.arange(start, length)[None].to(self.target.device)
+        visible = torch.arange(length)[None, :] <= torch.arange(start, length)[:, None]
+        mask = torch.zeros(1, 1, new, length, dtype=self.target.dtype).masked_fill(~visible, float("-inf"))
+        at = Write(torch.zeros(1, 1, dtype=torch.int64), positions, 0, start)
+        inputs = torch.tensor([tokens], device=self.target.device)
+        output = self.target(inputs, positions, cache, at, mask.to(self.target.device), length)
+        return self.target.item_logits(output.hidden[0, -1])

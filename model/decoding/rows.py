@@ -1,0 +1,198 @@
+"""Rows: the state of the requests being decoded, as tensors with one row a request, and what the host knows of each.
+
+Takes requests in, hands finished lists out, and applies what a round gained. Knows nothing of target or draft passes.
+
+Shapes: R rows, B rows 0..highest in use, K decisions gained in a round, Q = L + 1 tokens a run at most, E exclusions
+a row, N items, d hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from model.decoding.filters import FilterTable
+from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
+from model.item_trie import Availability, ItemTrie
+from model.semantic_id import Codes
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Row:
+    """What the host knows of one request. `items` holds (leaf, score), `score` the open item's score so far."""
+
+    request: ListRequest
+    wanted: int
+    filter_slot: int
+    history_used: int
+    degraded: tuple[tuple[str, str], ...]
+    score: float = 0.0
+    items: list[tuple[int, float]] = field(default_factory=list)
+    rounds: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    forced_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return len(self.items) >= self.wanted
+
+
+class Gain(NamedTuple):
+    """Runs a round added to each row, in order: `tokens`, `slots` [B, K, Q], `length` [B, K] (0: none), `leaf` [B, K],
+    `feature` [B, K, d] the target's (fused) feature each was chosen from, `last` [B] index of the last run, which is
+    not in the target's cache yet, and `node` [B] where it ends."""
+
+    tokens: Tensor
+    slots: Tensor
+    length: Tensor
+    leaf: Tensor
+    feature: Tensor | None
+    last: Tensor
+    node: Tensor
+
+
+class Rows:
+    """Fixed rows. `base` [R]: tokens in the target's cache; `pending`: the run behind it, chosen but not yet read;
+    `fresh`: the runs the draft has not read, with the features they were chosen from; `node` [R]; `remaining` [R] items to go; `draftable` [R] items the draft
+    may guess at."""
+
+    def __init__(
+        self, num_rows: int, trie: ItemTrie, filters: FilterTable, max_history_items: int, max_gain: int, size: int
+    ) -> None:
+        """`max_gain`: most runs a round can add to a row; `size`: d of the draft's features."""
+        self.trie, self.filters, self.max_history_items = trie, filters, max_history_items
+        self.held: list[Row | None] = [None] * num_rows
+        whole = torch.zeros(num_rows, dtype=torch.int64, device=trie.device)
+        self.base, self.node, self.remaining = whole.clone(), whole.clone(), whole.clone()
+        self.draftable, self.filter_slot = whole.clone(), whole.clone()
+        self.excluded = torch.full((num_rows, 64), trie.num_items, dtype=torch.int64, device=trie.device)
+        places = trie.num_levels + 1
+        self.pending_tokens = whole.new_zeros(num_rows, 1, places)
+        self.pending_length = whole.new_zeros(num_rows, 1)
+        self.fresh_tokens, self.fresh_slots = whole.new_zeros(2, num_rows, max_gain, places).unbind()
+        self.fresh_length = whole.new_zeros(num_rows, max_gain)
+        self.fresh_feature = torch.zeros(num_rows, max_gain, size, device=trie.device)
+
+    @property
+    def num_free(self) -> int:
+        return self.held.count(None)
+
+    @property
+    def in_use(self) -> list[int]:
+        return [i for i, row in enumerate(self.held) if row is not None]
+
+    def row(self, index: int) -> Row:
+        row = self.held[index]
+        assert row is not None, f"row {index} is free"
+        return row
+
+    def may(self, rows: Tensor | slice) -> Availability:
+        return Availability(self.filters.passing, self.filter_slot[rows], self.excluded[rows])
+
+    def place(self, request: ListRequest, headroom: int) -> int:
+        """Give a validated request a free row; `headroom`: leaves a round may add beyond the list."""
+        index = self.held.index(None)
+        banned = set(request.exclude) | (set(request.history) if request.exclude_history else set())
+        leaves = torch.tensor(sorted(self._leaf(c) for c in banned), dtype=torch.int64)
+        slot = self.filters.acquire(request.filters)
+        passing = self.filters.passing[slot].cpu()
+        leaves = leaves[passing[leaves + 1] > passing[leaves]]
+        available = int(passing[-1]) - len(leaves)
+        used = min(len(request.history), self.max_history_items)
+        degraded = []
+        if available < request.k:
+            degraded.append(("fewer-items", f"only {available} items pass the filters and exclusions"))
+        if used < len(request.history):
+            degraded.append(("history-truncated", f"the newest {used} of {len(request.history)} items were used"))
+        row = Row(request, min(request.k, available), slot, used, tuple(degraded))
+        self.held[index] = row
+        self._reserve_exclusions(len(leaves) + request.k + headroom)
+        self.excluded[index] = self.trie.num_items
+        self.excluded[index, : len(leaves)] = leaves.to(self.excluded.device)
+        self.filter_slot[index] = slot
+        self.remaining[index] = row.wanted
+        self.draftable[index] = row.wanted if request.speculation else 0
+        return index
+
+    def finish(self, index: int) -> ListResult:
+        """The list of a row, which is free afterwards."""
+        row, codes = self.row(index), self.trie.sorted_codes
+        items = tuple(ScoredItem(tuple(codes[leaf].tolist()), score) for leaf, score in row.items)
+        stats = SpeculationStats(row.rounds, row.draft_tokens, row.accepted_tokens, row.forced_tokens)
+        self.free(index)
+        return ListResult(
+            row.request.request_id,
+            items,
+            stats,
+            row.history_used,
+            row.degraded,
+            prefill_seconds=row.prefill_seconds,
+            decode_seconds=row.decode_seconds,
+        )
+
+    def free(self, index: int) -> None:
+        self.filters.release(self.row(index).filter_slot)
+        self.held[index] = None
+        for state in (self.base, self.node, self.remaining, self.draftable, self.filter_slot):
+            state[index] = 0
+        self.excluded[index] = self.trie.num_items
+        self.pending_length[index] = 0
+        self.fresh_length[index] = 0
+
+    def check_integrity(self) -> None:
+        """Nothing leaks: free rows decode nothing, filters are held by rows only."""
+        filtered = sum(1 for i in self.in_use if self.row(i).filter_slot)
+        assert self.filters.in_use == filtered, f"{self.filters.in_use} filters held by {filtered} rows"
+        for index, row in enumerate(self.held):
+            assert row is not None or int(self.remaining[index]) == 0, f"row {index} is free but still decodes"
+
+    def advance(self, rows: Tensor, base: Tensor, gain: Gain) -> None:
+        """Apply a gain to `rows` [B] whose caches now hold `base` [B] tokens."""
+        self.base[rows] = base
+        self.node[rows] = gain.node
+        last = gain.last[:, None]
+        places = self.pending_tokens.shape[-1]
+        self.pending_tokens[rows] = gain.tokens.gather(1, last.unsqueeze(-1).expand(-1, -1, places))
+        self.pending_length[rows] = gain.length.gather(1, last)
+        emitted = (gain.leaf < self.trie.num_items).sum(1)
+        left = (self.remaining[rows] - emitted).clamp_(min=0)
+        self.remaining[rows] = left
+        self.draftable[rows] = torch.minimum(self.draftable[rows], left)
+        if self.trie.device.type != "cpu" or bool(emitted.any()):
+            merged = torch.cat([self.excluded[rows], gain.leaf], dim=1).sort(dim=1).values
+            self.excluded[rows] = merged[:, : self.excluded.shape[1]]
+        if gain.feature is not None:
+            added = gain.length.shape[1]
+            self.fresh_tokens[rows, :added], self.fresh_slots[rows, :added] = gain.tokens, gain.slots
+            self.fresh_feature[rows, :added] = gain.feature
+            self.fresh_length[rows] = 0
+            self.fresh_length[rows, :added] = gain.length
+
+    def _leaf(self, codes: Codes) -> int:
+        leaf = self.trie.leaf(codes)
+        assert leaf is not None, "validated before"
+        return leaf
+
+    def _reserve_exclusions(self, count: int) -> None:
+        rows, width = self.excluded.shape
+        if count > width:
+            more = self.excluded.new_full((rows, count + 63 - width), self.trie.num_items)
+            self.excluded = torch.cat([self.excluded, more], dim=1)
+
+
+def account(row: Row, scores: Sequence[float], leaves: Sequence[int], lengths: Sequence[int], num_items: int) -> None:
+    """Book a row's decisions on the host: scores in nats, leaves completed (num_items: none), tokens of each run."""
+    for score, leaf, length in zip(scores, leaves, lengths, strict=True):
+        row.score += score
+        row.forced_tokens += length - 1
+        if leaf < num_items:
+            row.items.append((leaf, row.score))
+            row.score = 0.0
+            if row.done:
+                return

@@ -1,0 +1,107 @@
+"""The draft network: one decoder layer on token embeddings fused with features, predicting through the target's head.
+
+EAGLE family: at the first step the features are the target's (low, middle and last layer, fused by a linear map, as
+EAGLE-3 does), at later steps the draft's own outputs. With one layer, keys and values depend on inputs only, so only
+the last token of a run asks a query. This module holds parameters and maths; `draft.py` runs it over a KV cache,
+`model.train.draft` trains it.
+
+Shapes: d hidden size, F = 3 d target features.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import silu
+
+from model.draft.position_aware import PositionAware, StepMode
+
+Tensor = torch.Tensor
+ROPE_BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """What it takes to rebuild a draft network; saved beside its weights."""
+
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    num_slots: int
+    num_steps: int
+    feature_layers: tuple[int, ...]
+    item: bool
+    step: StepMode
+    epsilon: float = 1e-6
+
+
+class DraftNetwork(nn.Module):
+    """Fuse, one layer, norm."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        d, self.shape = shape.hidden_size, shape
+        self.head_size = d // shape.num_heads
+        self.features = nn.Linear(d * len(shape.feature_layers), d, bias=False)
+        self.fuse = nn.Linear(2 * d, d)
+        self.positions = PositionAware(d, shape.num_slots, shape.num_steps, item=shape.item, step=shape.step)
+        self.query = nn.Linear(d, d, bias=False)
+        self.key_value = nn.Linear(d, 2 * d, bias=False)
+        self.output = nn.Linear(d, d, bias=False)
+        self.gate_up = nn.Linear(d, 2 * shape.intermediate_size, bias=False)
+        self.down = nn.Linear(shape.intermediate_size, d, bias=False)
+        self.norms = nn.ParameterList([nn.Parameter(torch.ones(d)) for _ in range(3)])
+
+    def inputs(self, embedded: Tensor, slots: Tensor, features: Tensor, step: int) -> Tensor:
+        """z' [..., d] from token embeddings [..., d], their slots [...] and features [..., d]."""
+        embedded = self.positions.with_slot(embedded, slots)
+        return self.positions.with_step(self.fuse(torch.cat([embedded, features], dim=-1)), step)
+
+    def keys_values(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (not yet rotated) and values [..., heads, s]."""
+        keys, values = self.key_value(self.norm(z, 0)).unflatten(-1, (2, self.shape.num_heads, -1)).unbind(-3)
+        return keys, values
+
+    def queries(self, z: Tensor) -> Tensor:
+        """[..., heads, s], not yet rotated."""
+        queries: Tensor = self.query(self.norm(z, 0)).unflatten(-1, (self.shape.num_heads, -1))
+        return queries
+
+    def finish(self, z: Tensor, attended: Tensor) -> Tensor:
+        """Output features [..., d] from z' and attention output [..., heads, s]."""
+        x = z + self.output(attended.flatten(-2))
+        gate, up = self.gate_up(self.norm(x, 1)).chunk(2, -1)
+        x = x + self.down(silu(gate) * up)
+        return self.norm(x, 2)
+
+    def norm(self, x: Tensor, index: int) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.epsilon) * self.norms[index]
+
+    def rotations(self, count: int) -> Tensor:
+        """[count, 1, s/2] complex rotary factors."""
+        device = self.fuse.weight.device
+        rate = ROPE_BASE ** (-torch.arange(0, self.head_size, 2, device=device) / self.head_size)
+        angle = torch.arange(count, device=device)[:, None] * rate
+        return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.shape), indent=1))
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> "DraftNetwork":
+        """Raises ValueError when config and weights do not fit each other."""
+        values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        values["feature_layers"] = tuple(values["feature_layers"])
+        try:
+            network = cls(DraftShape(**values))
+            network.load_state_dict(load_file(folder / "model.safetensors"))
+        except (TypeError, RuntimeError) as exc:
+            raise ValueError(f"{folder.name}: {exc}") from exc
+        return network.eval()

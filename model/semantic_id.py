@@ -1,0 +1,103 @@
+"""Vocabulary: where codes, the separator and the prompt's first token live among the target's tokens.
+
+A code is shifted into its level's range of the vocabulary; one separator token ends an item. The ranges may lie
+anywhere (an imported LLM has them after its text tokens). Knows nothing of items, tries or tensors.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Codes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token layout. `level_offsets[level] + code` is the token of a code; slots are 0..num_levels-1, then the
+    separator's slot `num_levels`, then the slot of everything else, `prompt_slot`."""
+
+    codebook_sizes: tuple[int, ...]
+    level_offsets: tuple[int, ...]
+    separator: int
+    prompt_prefix: tuple[int, ...]
+    size: int
+
+    def __post_init__(self) -> None:
+        if len(self.codebook_sizes) != len(self.level_offsets) or not self.codebook_sizes:
+            raise ValueError("level_offsets must have one entry per level")
+        ranges = sorted((o, o + n) for o, n in zip(self.level_offsets, self.codebook_sizes, strict=True))
+        if any(a[1] > b[0] for a, b in zip(ranges, ranges[1:], strict=False)):
+            raise ValueError("level ranges overlap")
+        if ranges[-1][1] > self.size or any(lo <= self.separator < hi for lo, hi in ranges):
+            raise ValueError("level ranges and separator must be distinct tokens below size")
+        if not self.prompt_prefix:
+            raise ValueError("prompt_prefix needs at least one token")
+
+    @classmethod
+    def compact(cls, codebook_sizes: Sequence[int]) -> "Vocabulary":
+        """The layout of a target trained from nothing: padding 0, beginning 1, separator 2, then the levels."""
+        offsets, total = [], 3
+        for size in codebook_sizes:
+            offsets.append(total)
+            total += size
+        return cls(tuple(codebook_sizes), tuple(offsets), 2, (1,), total)
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.codebook_sizes)
+
+    @property
+    def tokens_per_item(self) -> int:
+        return self.num_levels + 1
+
+    @property
+    def separator_slot(self) -> int:
+        return self.num_levels
+
+    @property
+    def prompt_slot(self) -> int:
+        return self.num_levels + 1
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_levels + 2
+
+    @property
+    def max_codebook_size(self) -> int:
+        return max(self.codebook_sizes)
+
+    def item_tokens(self, codes: Codes) -> list[int]:
+        """Tokens of one item, separator included. Raises ValueError when a code is out of its level's range."""
+        if len(codes) != self.num_levels:
+            raise ValueError(f"an item has {self.num_levels} codes, not {len(codes)}")
+        for level, code in enumerate(codes):
+            if not 0 <= code < self.codebook_sizes[level]:
+                raise ValueError(f"code {level} is outside its codebook")
+        return [o + c for o, c in zip(self.level_offsets, codes, strict=True)] + [self.separator]
+
+    def prompt(self, history: Iterable[Codes]) -> tuple[list[int], list[int]]:
+        """Tokens and slots of a prompt: the prefix, then each history item, oldest first."""
+        tokens, slots = list(self.prompt_prefix), [self.prompt_slot] * len(self.prompt_prefix)
+        for codes in history:
+            tokens += self.item_tokens(codes)
+            slots += range(self.num_levels + 1)
+        return tokens, slots
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "codebook_sizes": list(self.codebook_sizes),
+            "level_offsets": list(self.level_offsets),
+            "separator": self.separator,
+            "prompt_prefix": list(self.prompt_prefix),
+            "size": self.size,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Vocabulary":
+        return cls(
+            tuple(values["codebook_sizes"]),
+            tuple(values["level_offsets"]),
+            int(values["separator"]),
+            tuple(values["prompt_prefix"]),
+            int(values["size"]),
+        )

@@ -1,0 +1,145 @@
+"""Target: a Hugging Face decoder-only checkpoint, run over a row KV cache with a sliced LM head.
+
+Reads Llama, Mistral, Qwen2 and Qwen3 checkpoints through `transformers` and runs their layers with fused and packed
+linear layers, because at the sizes served here the module calls of `transformers` cost as much as the arithmetic.
+Knows nothing of tries, drafts or requests; `transformers` itself is the slow twin.
+
+Shapes: B rows, n new tokens, T cached positions looked at, d hidden size, H query heads, G key/value heads,
+s head size, S item tokens (all codes of all levels).
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from model.kv_cache import KVCache, Write
+from model.layer import Layer, rms_norm
+from model.linear import PackedLinear
+from model.semantic_id import Vocabulary
+
+Tensor = torch.Tensor
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be served; the message names the reason."""
+
+
+class TargetOutput(NamedTuple):
+    """`hidden` [B, n, d] after the last norm; `features`: the outputs [B, n, d] of the layers asked for."""
+
+    hidden: Tensor
+    features: tuple[Tensor, ...]
+
+
+class Target:
+    """The LLM that decides."""
+
+    def __init__(self, model: Any, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:
+        """Take the weights of a loaded `transformers` model. Raises CheckpointError."""
+        config = model.config
+        if config.model_type not in ARCHITECTURES:
+            raise CheckpointError(f"architecture {config.model_type!r} is not one of {ARCHITECTURES}")
+        if config.vocab_size < vocabulary.size:
+            raise CheckpointError(f"vocab_size {config.vocab_size} is smaller than the catalog's {vocabulary.size}")
+        if any(not bool(p.isfinite().all()) for p in model.parameters()):
+            raise CheckpointError("the target's weights are not finite")
+        model = model.to(device).eval()
+        self.vocabulary, self.device, self.dtype = vocabulary, torch.device(device), model.dtype
+        self.hidden_size, self.num_layers = config.hidden_size, config.num_hidden_layers
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.epsilon = config.rms_norm_eps
+        self.window = _sliding_window(config)
+        body = model.model
+        with torch.no_grad():
+            self.layers = [
+                Layer(source, config.num_attention_heads, self.num_kv_heads, self.head_size, self.epsilon)
+                for source in body.layers
+            ]
+            self.embedding = body.embed_tokens.weight.detach()
+            self.norm = body.norm.weight.detach()
+            tokens = torch.cat(
+                [torch.arange(o, o + n) for o, n in zip(vocabulary.level_offsets, vocabulary.codebook_sizes, strict=True)]
+            )
+            self.head = PackedLinear(model.lm_head.weight[tokens.to(device)])
+            self._rotary = body.rotary_emb
+        sizes = [0, *vocabulary.codebook_sizes]
+        self.num_item_tokens = sum(vocabulary.codebook_sizes)
+        self.head_columns = torch.tensor(sizes[:-1], device=device).cumsum(0)
+        self._rotations = self._rotation_table(1024)
+
+    @classmethod
+    def load(
+        cls, folder: Path, vocabulary: Vocabulary, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> "Target":
+        """Read a checkpoint directory (safetensors only, no code is executed). Raises CheckpointError."""
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as exc:
+            raise CheckpointError(f"{folder.name}: {exc}") from exc
+        return cls(model, vocabulary, device)
+
+    def new_cache(self, num_rows: int, num_positions: int) -> KVCache:
+        """Raises CheckpointError when the rows would be longer than a sliding attention window."""
+        if self.window is not None and num_positions > self.window:
+            raise CheckpointError(f"rows of {num_positions} tokens exceed the sliding window of {self.window}")
+        return KVCache(
+            self.num_layers, num_rows, num_positions, self.num_kv_heads, self.head_size, self.device, self.dtype
+        )
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        at: Write,
+        mask: Tensor | None,
+        length: int,
+        features: Sequence[int] = (),
+    ) -> TargetOutput:
+        """One pass over `tokens` [B, n] at `positions` [B, n]; see Layer for `mask`. `features` names layers whose
+        outputs are wanted (the last layer's is replaced by the normalised hidden state)."""
+        x = self.embedding[tokens]
+        rotation = self.rotation(positions)
+        kept: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation, mask, cache, index, at, length)
+            if index in features:
+                kept.append(x)
+        hidden = rms_norm(x, self.epsilon) * self.norm
+        if self.num_layers - 1 in features:
+            kept[-1] = hidden
+        return TargetOutput(hidden, tuple(kept))
+
+    def item_logits(self, hidden: Tensor) -> Tensor:
+        """[..., S] float32 logits of the item tokens only, level after level (see `head_columns`)."""
+        return self.head(hidden).float()
+
+    def rotation(self, positions: Tensor) -> Tensor:
+        return self._rotations[positions].unsqueeze(-2)
+
+    def reserve_positions(self, count: int) -> None:
+        """Make room for positions below `count`; not during serving."""
+        if count > len(self._rotations):
+            self._rotations = self._rotation_table(count)
+
+    def _rotation_table(self, count: int) -> Tensor:
+        """[count, s/2] complex: cos + i sin with the checkpoint's own (possibly scaled) frequencies."""
+        positions = torch.arange(count, device=self.device)[None]
+        cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=self.device), positions)
+        half = self.head_size // 2
+        return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
+
+
+def _sliding_window(config: Any) -> int | None:
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    window = getattr(config, "sliding_window", None)
+    return None if window is None or window == math.inf else int(window)

@@ -1,0 +1,1 @@
+"""Item embeddings -> codebooks -> semantic IDs -> catalog. Used by training only."""

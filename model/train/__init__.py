@@ -1,0 +1,1 @@
+"""Training: recipe -> tokenizer -> target -> lists -> drafts -> evaluation -> bundle. Serving never imports this."""

@@ -1,0 +1,200 @@
+"""Trains a draft on lists the target wrote, unrolled over the draft steps it will take when serving.
+
+At step 0 every token is read with the feature of the target it was chosen from. At step j the tokens of a run are read
+with the draft's own output of step j-1, and a query sees the last j runs as the steps before left them, the rest as
+step 0 did: exactly what serving does j choices deep (the idea of HASS and EAGLE-3, run by run). Labels are the
+target's distributions over legal codes. Knows nothing of decoding.
+
+Shapes: B lists, T tokens of prompt and list, U list tokens, D decisions, C largest codebook, d hidden size.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from model.config import DraftConfig
+from model.draft.network import DraftNetwork, DraftShape
+from model.draft.position_aware import StepMode
+from model.layer import rotate
+from model.semantic_id import Vocabulary
+from model.train.fit import FitResult, fit
+from model.train.lists import WrittenLists
+
+Tensor = torch.Tensor
+
+
+class DraftBatch(NamedTuple):
+    """`tokens`, `slots` [B, T]; `partner` [B, T] position whose feature a token is read with (-1: none); `run` [B, T]
+    decision a token follows from (-1: prompt); `asked` [B, D] position a decision is predicted from; `level` [B, D]
+    (-1: none); `log_probs` [B, D, C]; `first` start of the list in every row (prompts are padded on the left with
+    position -1); `positions` [B, T]; `features` [B, T, F]."""
+
+    tokens: Tensor
+    slots: Tensor
+    partner: Tensor
+    run: Tensor
+    asked: Tensor
+    level: Tensor
+    log_probs: Tensor
+    first: int
+    positions: Tensor
+    features: Tensor
+
+
+def new_draft(
+    config: DraftConfig, vocabulary: Vocabulary, hidden_size: int, num_layers: int, *, item: bool, step: StepMode
+) -> DraftNetwork:
+    """An untrained draft for a target of this size; its features come from a low, a middle and the last layer."""
+    torch.manual_seed(config.seed)
+    layers = (num_layers // 4, num_layers // 2, num_layers - 1)
+    shape = DraftShape(
+        hidden_size, config.num_heads, config.intermediate_size, vocabulary.num_slots, config.steps, layers, item, step
+    )
+    return DraftNetwork(shape)
+
+
+def draft_batches(
+    lists: WrittenLists, model: PreTrainedModel, vocabulary: Vocabulary, layers: Sequence[int], batch_size: int
+) -> list[DraftBatch]:
+    """All lists as batches, the target's features computed once (kept in half precision)."""
+    batches = []
+    for begin in range(0, len(lists.items), batch_size):
+        chunk = WrittenLists(*(v[begin : begin + batch_size] for v in vars(lists).values()))
+        batches.append(_batch(chunk, model, vocabulary, layers))
+    return batches
+
+
+@torch.no_grad()
+def _batch(lists: WrittenLists, model: PreTrainedModel, vocabulary: Vocabulary, layers: Sequence[int]) -> DraftBatch:
+    places, decisions = vocabulary.tokens_per_item, lists.level.shape[1]
+    histories = [[tuple(c) for c in h if c[0] >= 0] for h in lists.history.tolist()]
+    prompts = [vocabulary.prompt(h) for h in histories]
+    first = max(len(tokens) for tokens, _ in prompts)
+    offsets = torch.tensor([*vocabulary.level_offsets, vocabulary.separator])
+    items = torch.cat([lists.items, torch.zeros_like(lists.items[..., :1])], dim=-1) + offsets
+    rows, length = len(histories), first + items.shape[1] * places
+    tokens, slots = torch.zeros(2, rows, length, dtype=torch.int64).unbind()
+    tokens[:, first:] = items.flatten(1)
+    slots[:, first:] = torch.arange(places).repeat(items.shape[1])
+    pad = torch.tensor([first - len(p) for p, _ in prompts])
+    for row, (prompt, prompt_slots) in enumerate(prompts):
+        tokens[row, pad[row] : first], slots[row, pad[row] : first] = torch.tensor(prompt), torch.tensor(prompt_slots)
+    # Decision of each list token: the last one made at or before it.
+    made_at = torch.where(lists.level >= 0, lists.item * places + lists.level, length)
+    list_run = (made_at.unsqueeze(-1) <= torch.arange(length - first)).sum(1) - 1
+    run = torch.cat([torch.full((rows, first), -1), list_run], dim=1)
+    asked = (made_at + first - 1).clamp(max=length - 1)
+    partner = torch.arange(-1, length - 1).repeat(rows, 1)
+    partner[:, first:] = asked.gather(1, list_run)
+    partner = torch.where(torch.arange(length) <= pad[:, None], -1, partner)
+    positions = torch.arange(length) - pad[:, None]
+    output = model(
+        input_ids=tokens,
+        attention_mask=(positions >= 0).long(),
+        position_ids=positions.clamp(min=0),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    features = torch.cat([output.hidden_states[layer + 1] for layer in layers], dim=-1).nan_to_num().half()
+    assert decisions == asked.shape[1], (decisions, asked.shape)
+    return DraftBatch(
+        tokens, slots, partner, run, asked, lists.level, lists.log_probs, first, positions, features
+    )
+
+
+def unrolled_outputs(network: DraftNetwork, embedding: Tensor, batch: DraftBatch, steps: int) -> list[Tensor]:
+    """Draft outputs [B, D, d] for every decision, at draft step 0, 1, ... steps-1. At step j the first j decisions of
+    a list are not drafted that deep: their outputs mean nothing."""
+    embedded, first = embedding[batch.tokens], batch.first
+    positions = batch.positions.clamp(min=0)
+    rotations = network.rotations(int(positions.max()) + 1)
+    fused = network.features(batch.features.float())
+    partner = torch.where(batch.partner.unsqueeze(-1) >= 0, _at(fused, batch.partner.clamp(min=0)), 0.0)
+    z = network.inputs(embedded, batch.slots, partner, 0)
+    stored = [_stored(network, z, rotations[positions])]
+    decisions = torch.arange(batch.asked.shape[1])
+    place = torch.arange(batch.tokens.shape[1])
+    run = batch.run[:, first:]
+    outputs: list[Tensor] = []
+    for step in range(steps):
+        if step:
+            features = _at(outputs[-1], run)
+            z_list = network.inputs(embedded[:, first:], batch.slots[:, first:], features, step)
+            stored.append(_stored(network, z_list, rotations[positions[:, first:]]))
+            z = torch.cat([z[:, :first], z_list], dim=1)
+        reach = batch.asked.gather(1, (decisions - step).clamp(min=0).expand_as(batch.asked))
+        visible = [(place <= reach.unsqueeze(-1)) & (batch.positions >= 0).unsqueeze(1)]
+        for earlier in range(1, step + 1):
+            visible.append(run.unsqueeze(1) == (decisions - 1 - (step - earlier))[:, None])
+        query_at = rotations[positions.gather(1, batch.asked)]
+        own = _at(z, batch.asked)
+        query = rotate(network.queries(own), query_at).transpose(1, 2)
+        keys, values = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*stored, strict=True))
+        mask = torch.cat(visible, dim=2).unsqueeze(1)
+        attended = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        outputs.append(network.finish(own, attended.transpose(1, 2)))
+    return outputs
+
+
+def draft_loss(
+    network: DraftNetwork, embedding: Tensor, head: Tensor, columns: Tensor, batch: DraftBatch, config: DraftConfig
+) -> Tensor:
+    """Cross-entropy in nats of the draft against the target's legal distributions, step j weighted by decay^j."""
+    total, weight = torch.zeros(()), 0.0
+    labels = batch.log_probs.float()
+    legal = labels > float("-inf")
+    probabilities = labels.exp()
+    index = columns[batch.level.clamp(min=0)].unsqueeze(-1) + torch.arange(labels.shape[-1])
+    index = index.clamp(max=head.shape[0] - 1)
+    for step, output in enumerate(unrolled_outputs(network, embedding, batch, config.steps)):
+        logits = (output @ head.t()).gather(-1, index).masked_fill(~legal, float("-inf"))
+        log_q = torch.log_softmax(logits, dim=-1)
+        losses = -(probabilities * torch.where(legal, log_q, 0.0)).sum(-1)
+        asked = (batch.level >= 0) & (torch.arange(labels.shape[1]) >= step)
+        total = total + config.step_loss_decay**step * losses[asked].mean()
+        weight += config.step_loss_decay**step
+    return total / weight
+
+
+def train_draft(
+    network: DraftNetwork,
+    embedding: Tensor,
+    head: Tensor,
+    columns: Tensor,
+    batches: list[DraftBatch],
+    validation: list[DraftBatch],
+    config: DraftConfig,
+    folder: Path,
+    label: str,
+) -> FitResult:
+    """Train in place; `head` [S, d] are the target's rows for item tokens, `columns` [L] where each level starts."""
+
+    def loss(batch: DraftBatch) -> Tensor:
+        return draft_loss(network, embedding, head, columns, batch, config)
+
+    def shuffled(epoch: int) -> list[DraftBatch]:
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
+        return [batches[i] for i in order.tolist()]
+
+    return fit(
+        network,
+        shuffled,
+        loss,
+        lambda: sum(loss(b).item() for b in validation) / len(validation),
+        config,
+        folder,
+        label=label,
+    )
+
+
+def _stored(network: DraftNetwork, z: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = network.keys_values(z)
+    return rotate(keys, rotation), values
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

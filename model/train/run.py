@@ -1,0 +1,276 @@
+"""`padrec train RECIPE`: the stages of one training run, in order, each in its own folder under runs/<name>/.
+
+A stage whose folder holds `done.json` is not run again; a stage that was interrupted resumes. Stages talk through
+these folders only: tokenizer -> target -> lists -> draft, draft-plain -> evaluate -> bundle.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from model.bundle import save_manifest
+from model.catalog import Catalog
+from model.config import Recipe, RecipeError, load_recipe
+from model.data.histories import Case, Split, cases, histories, last_cases, split_users
+from model.data.movielens import DataError, read_movielens
+from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.offline import Decoded, decode_all
+from model.decoding.request import ListRequest
+from model.draft.draft import Draft
+from model.draft.network import DraftNetwork
+from model.draft.position_aware import StepMode
+from model.item_trie import ItemTrie
+from model.semantic_id import Codes, Vocabulary
+from model.target import Target
+from model.tokenizer.build import build_catalog
+from model.train.baselines import baselines
+from model.train.draft import draft_batches, new_draft, train_draft
+from model.train.evaluate import quality
+from model.train.lists import WrittenLists, training_requests, write_lists
+from model.train.model_card import model_card
+from model.train.target import train_target
+
+DRAFTS: dict[str, tuple[bool, StepMode]] = {"draft": (True, "gated"), "draft-plain": (False, "none")}
+console = Console(stderr=True)
+
+
+class GateFailed(Exception):
+    """The trained bundle is not good enough to be written; the message says which gate failed."""
+
+
+class Run:
+    """One training run and its folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text(json.dumps(recipe.as_dict(), indent=1))
+        self.logs = read_movielens(Path(recipe.data.folder))
+        self.split: Split = split_users(histories(self.logs), recipe.data)
+
+    def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Run a stage unless it is done; returns what it reported."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        done = folder / "done.json"
+        if not done.exists():
+            console.print(f"[bold]{name}")
+            started = time.monotonic()
+            report = work(folder)
+            report["seconds"] = round(time.monotonic() - started, 1)
+            done.write_text(json.dumps(report, indent=1))
+        result: dict[str, Any] = json.loads(done.read_text())
+        return result
+
+    def all_stages(self, bundle: Path) -> None:
+        """Everything, in order. Raises GateFailed when the result should not be served."""
+        self.stage("tokenizer", self.run_tokenizer)
+        self.stage("target", self.run_target)
+        self.stage("lists", self.run_lists)
+        for name in DRAFTS:
+            self.stage(name, lambda folder, name=name: self.run_draft(folder, name))  # type: ignore[misc]
+        report = self.stage("evaluate", self.run_evaluate)
+        check_gates(self.recipe, report)
+        self.write_bundle(bundle, report)
+
+    # ---- what the stages left behind --------------------------------------------------------------------------
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        return Catalog.load(self.folder / "tokenizer" / "catalog.jsonl")
+
+    @cached_property
+    def codes(self) -> dict[str, Codes]:
+        return {item.item_id: item.codes for item in self.catalog.items}
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.compact(self.catalog.codebook_sizes)
+
+    @cached_property
+    def trie(self) -> ItemTrie:
+        return ItemTrie(np.array([item.codes for item in self.catalog.items]), self.vocabulary)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        folder = self.folder / "target" / "checkpoint"
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def target(self) -> Target:
+        return Target(self.model, self.vocabulary)
+
+    # ---- stages -----------------------------------------------------------------------------------------------
+
+    def run_tokenizer(self, folder: Path) -> dict[str, Any]:
+        catalog = build_catalog(self.logs, self.split.train, self.recipe.tokenizer)
+        catalog.save(folder / "catalog.jsonl")
+        return {"items": len(catalog.items), "codebook_sizes": list(catalog.codebook_sizes)}
+
+    def run_target(self, folder: Path) -> dict[str, Any]:
+        model, result = train_target(self.split, self.codes, self.vocabulary, self.recipe.target, folder)
+        model.save_pretrained(folder / "checkpoint")
+        return {"validation": result.validation, "best_epoch": result.best_epoch}
+
+    def run_lists(self, folder: Path) -> dict[str, Any]:
+        recipe = self.recipe
+        counts = {}
+        for name, users in (("train", self.split.train), ("validation", self.split.validation)):
+            requests = training_requests(users, self.codes, recipe.lists, recipe.target.max_history_items, 7)
+            bar = iter(track(requests, f"lists {name}", console=console))
+            lists = write_lists(
+                self.target,
+                self.trie,
+                self.catalog,
+                requests,
+                recipe.lists,
+                recipe.target.max_history_items,
+                tick=lambda bar=bar: next(bar, None),  # type: ignore[misc]
+            )
+            lists.save(folder / f"{name}.safetensors")
+            counts[name] = len(lists.items)
+        return counts
+
+    def run_draft(self, folder: Path, name: str) -> dict[str, Any]:
+        config = self.recipe.draft
+        item, step = DRAFTS[name]
+        network = new_draft(
+            config, self.vocabulary, self.target.hidden_size, self.target.num_layers, item=item, step=step
+        )
+        layers = network.shape.feature_layers
+        batches, validation = (
+            draft_batches(
+                WrittenLists.load(self.folder / "lists" / f"{part}.safetensors"),
+                self.model,
+                self.vocabulary,
+                layers,
+                config.batch_size,
+            )
+            for part in ("train", "validation")
+        )
+        result = train_draft(
+            network,
+            self.target.embedding,
+            self.target.head.weight,
+            self.target.head_columns,
+            batches,
+            validation,
+            config,
+            folder,
+            name,
+        )
+        network.save(folder / "network")
+        return {"validation": result.validation, "best_epoch": result.best_epoch}
+
+    def run_evaluate(self, folder: Path) -> dict[str, Any]:
+        recipe, k = self.recipe, self.recipe.evaluate.list_items
+        asked = cases(self.split.test, recipe.data)
+        asked = asked[: recipe.evaluate.max_cases] if recipe.evaluate.max_cases else asked
+        item_of = {codes: item for item, codes in self.codes.items()}
+        decoded = self._decode("draft", asked, batch=32, steps=0)
+        lists = [[item_of[i.codes] for i in decoded.results[str(n)].items] for n in range(len(asked))]
+        rows = {"target": quality(asked, lists, k)}
+        item_ids = [item.item_id for item in self.catalog.items]
+        for name, recommend in baselines(self.split.train, item_ids, k).items():
+            rows[name] = quality(asked, [recommend(case.history) for case in asked], k)
+        report: dict[str, Any] = {
+            "cases": len(asked),
+            "quality": rows,
+            "held_out_users": [user.user_id for user in self.split.test],
+        }
+        single = last_cases(self.split.test, recipe.data)
+        single = single[: recipe.evaluate.max_cases] if recipe.evaluate.max_cases else single
+        for name in DRAFTS:
+            measured = self._decode(name, single, batch=1, steps=recipe.draft.steps)
+            report[name] = {
+                "acceptance_length": round(measured.acceptance_length, 3),
+                "survival": [round(s, 4) for s in measured.survival()],
+                "acceptance_by_step": measured.acceptance_by_step(),
+                "acceptance_by_slot": measured.acceptance_by_slot(),
+            }
+        return report
+
+    def _decode(self, draft: str, asked: Sequence[Case], batch: int, steps: int) -> Decoded:
+        network = DraftNetwork.load(self.folder / draft / "network")
+        k = self.recipe.evaluate.list_items
+        decoder = ListDecoder(
+            self.target,
+            Draft(network, self.target.embedding),
+            self.trie,
+            self.catalog,
+            num_rows=batch,
+            max_history_items=self.recipe.target.max_history_items,
+            max_k=k,
+            budget=lambda rows: Budget(steps),
+        )
+        requests = [
+            ListRequest(str(n), tuple(self.codes[i] for i in case.history), k) for n, case in enumerate(asked)
+        ]
+        return decode_all(decoder, requests)
+
+    def write_bundle(self, bundle: Path, report: dict[str, Any]) -> None:
+        """Put what serving needs into one folder, replacing what was there."""
+        building = bundle.with_name(bundle.name + ".tmp")
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.copytree(self.folder / "target" / "checkpoint", building / "target")
+        (building / "target" / "generation_config.json").unlink(missing_ok=True)
+        for name in DRAFTS:
+            shutil.copytree(self.folder / name / "network", building / name)
+        shutil.copy(self.folder / "tokenizer" / "catalog.jsonl", building / "catalog.jsonl")
+        stages = ("tokenizer", "target", "lists", *DRAFTS, "evaluate")
+        seconds = {s: json.loads((self.folder / s / "done.json").read_text())["seconds"] for s in stages}
+        full = {"name": self.recipe.name, "recipe": self.recipe.as_dict(), "stage_seconds": seconds} | report
+        (building / "report.json").write_text(json.dumps(full, indent=1) + "\n")
+        (building / "README.md").write_text(model_card(full))
+        save_manifest(building, self.recipe.name, self.vocabulary, self.recipe.target.max_history_items)
+        shutil.rmtree(bundle, ignore_errors=True)
+        building.rename(bundle)
+        console.print(f"[bold]bundle[/] written to {bundle}")
+
+
+def check_gates(recipe: Recipe, report: dict[str, Any]) -> None:
+    """Raises GateFailed when the target does not beat every baseline, or the draft accepts too little."""
+    gates, rows = recipe.evaluate, report["quality"]
+    if gates.require_beats_baselines:
+        for name, row in rows.items():
+            worse = [m for m, value in rows["target"].items() if name != "target" and value <= row[m]]
+            if worse:
+                raise GateFailed(f"quality gate: {name} is at least as good as the target in {worse[0]}")
+    if report["draft"]["acceptance_length"] < gates.min_acceptance_length:
+        raise GateFailed(f"draft gate: acceptance length {report['draft']['acceptance_length']} is too low")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`padrec train RECIPE`. Exit code 2: bad recipe or data; 3: a gate failed, no bundle written."""
+    parser = argparse.ArgumentParser(prog="padrec train", description="Train a bundle from a recipe.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where stages keep their results")
+    parser.add_argument("--bundles", type=Path, default=Path("model/bundles"), help="where the bundle is written")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        recipe = load_recipe(options.recipe)
+        options.bundles.mkdir(parents=True, exist_ok=True)
+        Run(recipe, options.runs / recipe.name).all_stages(options.bundles / recipe.name)
+    except (RecipeError, DataError, ValueError) as exc:
+        print(f"padrec train: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
+        return 2
+    except GateFailed as exc:
+        print(f"padrec train: {exc}", file=sys.stderr)  # noqa: T201
+        return 3
+    return 0
