@@ -52,7 +52,8 @@ class TargetConfig:
     max_history_items: int = 20
     window_items: int = 32
     item_dropout: float = 0.1
-    order_jitter: float = 8.0
+    soon_items: int = 10
+    soon_decay: float = 0.9
     epochs: int = 20
     batch_size: int = 16
     learning_rate: float = 1e-3

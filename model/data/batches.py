@@ -1,42 +1,47 @@
-"""Token batches: windows of histories as padded token matrices, with the augmentation used in training.
+"""Token batches: windows of histories as padded token matrices, with the labels and augmentation used in training.
 
-Knows the vocabulary and the histories; nothing of models.
+The label of an item is not the next item alone but what is watched soon: the next `soon_items` items, weighted by
+distance, at each level those that share the codes so far. A log's exact order is mostly chance (half of all
+neighbours in MovieLens carry the same timestamp), a list is meant to hold what comes soon, and averaging over the
+near future takes most of the noise out of the gradient. Knows the vocabulary and the histories; nothing of models.
+
+Shapes: B windows, I items a window, T tokens, L levels, V vocabulary.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from model.data.histories import History
 from model.semantic_id import Codes, Vocabulary
 
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """`tokens` and `labels` [B, T] int64; labels are -100 where nothing is to be predicted."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
+Tensor = torch.Tensor
 
 
-def jittered(history: History, jitter: float, rng: random.Random) -> list[str]:
-    """The history with its order loosened: ties in the log shuffled, since their order there means nothing, and every
-    item moved later by up to `jitter` places. A target trained on it learns what is watched soon rather than what the
-    log happens to list next, which is what a list is for."""
+class TokenBatch(NamedTuple):
+    """`tokens` [B, T] int64; `labels` [B, I * L, V] distributions for the code tokens, which are predicted from the
+    positions `asked` [I * L]; rows of padding items are all zero."""
+
+    tokens: Tensor
+    labels: Tensor
+    asked: Tensor
+
+
+def shuffled_within_ties(history: History, rng: random.Random) -> list[str]:
+    """The history with items of equal timestamp in a random order: their order in the log means nothing."""
     keyed = [(t, rng.random(), item) for t, item in zip(history.timestamps, history.item_ids, strict=True)]
-    placed = [(place + rng.uniform(0.0, jitter), item) for place, (_, _, item) in enumerate(sorted(keyed))]
-    return [item for _, item in sorted(placed)]
+    return [item for _, _, item in sorted(keyed)]
 
 
 def training_windows(
-    users: Sequence[History], window_items: int, jitter: float, item_dropout: float, rng: random.Random
+    users: Sequence[History], window_items: int, item_dropout: float, rng: random.Random
 ) -> list[list[str]]:
     """One epoch: every user cut at a random phase into windows of `window_items`, some items left out."""
     windows = []
     for user in users:
-        items = [i for i in jittered(user, jitter, rng) if rng.random() >= item_dropout]
+        items = [i for i in shuffled_within_ties(user, rng) if rng.random() >= item_dropout]
         start = -rng.randrange(window_items)
         for begin in range(start, len(items), window_items):
             window = items[max(begin, 0) : begin + window_items]
@@ -47,16 +52,40 @@ def training_windows(
 
 
 def token_batches(
-    windows: Sequence[Sequence[str]], codes: Mapping[str, Codes], vocabulary: Vocabulary, batch_size: int
+    windows: Sequence[Sequence[str]],
+    codes: Mapping[str, Codes],
+    vocabulary: Vocabulary,
+    batch_size: int,
+    soon_items: int,
+    soon_decay: float,
 ) -> Iterator[TokenBatch]:
-    """Next-token batches. The prefix and separators are context, not questions: serving forces them."""
+    """Batches of windows. The prefix and separators are context, not questions: serving forces them."""
+    prefix, places = len(vocabulary.prompt_prefix), vocabulary.tokens_per_item
     for begin in range(0, len(windows), batch_size):
-        chunk = [vocabulary.prompt(codes[i] for i in w) for w in windows[begin : begin + batch_size]]
-        length = max(len(tokens) for tokens, _ in chunk)
-        tokens = torch.zeros(len(chunk), length, dtype=torch.int64)
-        labels = torch.full((len(chunk), length), -100, dtype=torch.int64)
-        for row, (sequence, slots) in enumerate(chunk):
+        chunk = windows[begin : begin + batch_size]
+        longest = max(len(window) for window in chunk)
+        items = torch.full((len(chunk), longest, vocabulary.num_levels), -1)
+        tokens = torch.zeros(len(chunk), prefix + longest * places, dtype=torch.int64)
+        for row, window in enumerate(chunk):
+            items[row, : len(window)] = torch.tensor([codes[i] for i in window])
+            sequence, _ = vocabulary.prompt(codes[i] for i in window)
             tokens[row, : len(sequence)] = torch.tensor(sequence)
-            asked = torch.tensor(slots) < vocabulary.num_levels
-            labels[row, : len(sequence)] = torch.where(asked, tokens[row, : len(sequence)], -100)
-        yield TokenBatch(tokens, labels)
+        labels = soon_labels(items, vocabulary, soon_items, soon_decay)
+        asked = (torch.arange(longest)[:, None] * places + torch.arange(vocabulary.num_levels) + prefix - 1).flatten()
+        yield TokenBatch(tokens, labels.flatten(1, 2), asked)
+
+
+def soon_labels(items: Tensor, vocabulary: Vocabulary, soon_items: int, decay: float) -> Tensor:
+    """[B, I, L, V] label distributions from `items` [B, I, L] codes (-1: padding)."""
+    rows, count, levels = items.shape
+    ahead = torch.arange(count)[None, :] - torch.arange(count)[:, None]
+    weight = torch.where((ahead >= 0) & (ahead < soon_items), decay ** ahead.clamp(min=0).float(), 0.0)
+    real = items[..., 0] >= 0
+    shares = weight * (real.unsqueeze(1) & real.unsqueeze(2))
+    labels = torch.zeros(rows, count, levels, vocabulary.size)
+    for level in range(levels):
+        token = (items[..., level].clamp(min=0) + vocabulary.level_offsets[level]).unsqueeze(1).expand_as(shares)
+        total = shares.sum(-1, keepdim=True).clamp(min=1e-9)
+        labels[:, :, level].scatter_add_(2, token, shares / total)
+        shares = shares * (items[:, :, None, level] == items[:, None, :, level])
+    return labels

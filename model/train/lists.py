@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from model.catalog import Catalog
 from model.config import ListsConfig
-from model.data.batches import jittered
+from model.data.batches import shuffled_within_ties
 from model.data.histories import History
 from model.decoding.list_decoder import Budget, Choice, ListDecoder
 from model.decoding.offline import decode_all
@@ -55,7 +55,7 @@ def training_requests(
     requests = []
     for user in users:
         for number in range(config.lists_per_user):
-            items = jittered(user, 0.0, rng)
+            items = shuffled_within_ties(user, rng)
             cut = rng.randrange(1, len(items) + 1)
             history = tuple(codes[i] for i in items[max(0, cut - max_history_items) : cut])
             requests.append(ListRequest(f"{user.user_id}/{number}", history, config.list_items))

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from model.config import TargetConfig
@@ -49,18 +48,19 @@ def train_target(
     """Train on the training users, stop early on the validation users; the best weights are returned in eval mode."""
     model = new_target(config, vocabulary)
 
+    def as_batches(windows: Sequence[Sequence[str]]) -> list[TokenBatch]:
+        return list(
+            token_batches(windows, codes, vocabulary, config.batch_size, config.soon_items, config.soon_decay)
+        )
+
     def batches(epoch: int) -> list[TokenBatch]:
         rng = random.Random(config.seed * 1000 + epoch)
-        windows = training_windows(
-            split.train, config.window_items, config.order_jitter, config.item_dropout, rng
-        )
-        return list(token_batches(windows, codes, vocabulary, config.batch_size))
+        return as_batches(training_windows(split.train, config.window_items, config.item_dropout, rng))
 
-    fixed = training_windows(split.validation, config.window_items, config.order_jitter, 0.0, random.Random(0))
-    validation = list(token_batches(fixed, codes, vocabulary, config.batch_size))
+    validation = as_batches(training_windows(split.validation, config.window_items, 0.0, random.Random(0)))
 
     def validate() -> float:
-        counts = [int((b.labels != -100).sum()) for b in validation]
+        counts = [float(b.labels.sum()) for b in validation]
         return sum(token_loss(model, b).item() * n for b, n in zip(validation, counts, strict=True)) / sum(counts)
 
     result = fit(
@@ -71,7 +71,7 @@ def train_target(
 
 
 def token_loss(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
-    """Mean cross-entropy in nats over the labelled tokens. Rows are padded on the right: causality hides the padding."""
-    logits = model(input_ids=batch.tokens[:, :-1], use_cache=False).logits
-    labels: Sequence[int] | torch.Tensor = batch.labels[:, 1:]
-    return cross_entropy(logits.flatten(0, 1).float(), torch.as_tensor(labels).flatten(), ignore_index=-100)
+    """Mean cross-entropy in nats against the labels. Rows are padded on the right: causality hides the padding."""
+    hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    log_probs = torch.log_softmax(model.lm_head(hidden[:, batch.asked]).float(), dim=-1)
+    return -(batch.labels * log_probs).sum() / batch.labels.sum()

@@ -1,0 +1,169 @@
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.model.conftest import Tiny
+
+from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.offline import decode_all
+from model.decoding.request import CategoryFilter, InvalidRequest, ListRequest, ListResult, RangeFilter
+from model.draft.draft import Draft
+
+MODES = {
+    "plain": (Budget(0), False),
+    "forced": (Budget(0), True),
+    "chain": (Budget(4), True),
+    "tree": (Budget(3, 3), True),
+}
+
+
+def decoder(tiny: Tiny, draft: Draft | None, mode: str = "chain", num_rows: int = 4) -> ListDecoder:
+    budget, forced = MODES[mode]
+    return ListDecoder(
+        tiny.target,
+        draft if budget.steps else None,
+        tiny.trie,
+        tiny.catalog,
+        num_rows=num_rows,
+        max_history_items=6,
+        max_k=20,
+        budget=lambda rows: budget,
+        forced=forced,
+    )
+
+
+def some_requests(tiny: Tiny, count: int, seed: int = 0) -> list[ListRequest]:
+    rng = random.Random(seed)
+    requests = []
+    for i in range(count):
+        filters: dict[str, CategoryFilter | RangeFilter] = {}
+        if i % 3 == 1:
+            filters["genre"] = CategoryFilter(("a", "b"))
+        if i % 4 == 2:
+            filters["year"] = RangeFilter(1991, 1995)
+        requests.append(
+            ListRequest(
+                str(i),
+                tuple(rng.sample(tiny.codes, rng.randrange(1, 9))),
+                rng.choice([1, 3, 10, 20]),
+                tuple(rng.sample(tiny.codes, 5)),
+                exclude_history=i % 5 != 0,
+                filters=filters,
+                speculation=i % 6 != 5,
+            )
+        )
+    return requests
+
+
+def assert_same(tiny: Tiny, requests: Sequence[ListRequest], results: dict[str, ListResult]) -> None:
+    for request in requests:
+        expected, got = tiny.twin(request), results[request.request_id]
+        assert [i.codes for i in got.items] == [i.codes for i in expected.items], request.request_id
+        for item, right in zip(got.items, expected.items, strict=True):
+            assert item.score == pytest.approx(right.score, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("item", [True, False], ids=["padrec", "base"])
+def test_every_mode_writes_what_the_slow_twin_writes(tiny: Tiny, mode: str, item: bool) -> None:
+    requests = some_requests(tiny, 10)
+    running = decoder(tiny, tiny.draft(item=item), mode)
+    assert_same(tiny, requests, decode_all(running, requests).results)
+    running.rows.check_integrity()
+
+
+def test_an_adversarial_draft_changes_nothing_but_the_speed(tiny: Tiny) -> None:
+    draft = tiny.draft()
+    with torch.no_grad():
+        draft.network.norms[2].neg_()
+    requests = some_requests(tiny, 6, seed=4)
+    assert_same(tiny, requests, decode_all(decoder(tiny, draft), requests).results)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000), mode=st.sampled_from(["forced", "chain", "tree"]))
+def test_company_does_not_matter_whoever_joins_leaves_or_is_cancelled(tiny: Tiny, seed: int, mode: str) -> None:
+    rng = random.Random(seed)
+    requests = some_requests(tiny, 8, seed)
+    running = decoder(tiny, tiny.draft(), mode)
+    waiting, results, cancelled = list(requests), {}, set()
+    while len(results) + len(cancelled) < len(requests):
+        joining = waiting[: rng.randrange(running.rows.num_free + 1)]
+        waiting = waiting[len(joining) :]
+        results |= {r.request_id: r for r in running.admit(joining)}
+        held = [running.rows.row(i).request.request_id for i in running.rows.in_use]
+        if held and rng.random() < 0.1:
+            cancelled.add(victim := rng.choice(held))
+            assert running.cancel(victim)
+        if running.rows.in_use:
+            results |= {r.request_id: r for r in running.round()[0]}
+    running.rows.check_integrity()
+    assert running.rows.num_free == 4
+    assert_same(tiny, [r for r in requests if r.request_id not in cancelled], results)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_when_fewer_than_k_exist_all_of_them_come_and_the_answer_says_so(tiny: Tiny, mode: str) -> None:
+    left = set(tiny.codes[:3])
+    exclude = tuple(c for c in tiny.codes if c not in left)
+    request = ListRequest("few", (exclude[0],), 10, exclude)
+    result = decode_all(decoder(tiny, tiny.draft(), mode), [request]).results["few"]
+    assert {item.codes for item in result.items} == left
+    assert [code for code, _ in result.degraded] == ["fewer-items"]
+
+
+def test_nothing_left_to_recommend_is_an_empty_list(tiny: Tiny) -> None:
+    request = ListRequest("none", (tiny.codes[0],), 5, tuple(tiny.codes))
+    running = decoder(tiny, tiny.draft())
+    assert running.admit([request])[0].items == ()
+    running.rows.check_integrity()
+
+
+def test_long_histories_keep_the_newest_items_and_say_how_many(tiny: Tiny) -> None:
+    history = tuple(tiny.codes[:15])
+    long = ListRequest("long", history, 5)
+    short = ListRequest("short", history[-6:], 5, exclude=history)
+    results = decode_all(decoder(tiny, tiny.draft()), [long, short]).results
+    assert [i.codes for i in results["long"].items] == [i.codes for i in results["short"].items]
+    assert results["long"].history_used == 6
+    assert results["long"].degraded[0][0] == "history-truncated"
+
+
+def test_rounds_and_tokens_add_up(tiny: Tiny) -> None:
+    requests = some_requests(tiny, 5, seed=2)
+    decoded = decode_all(decoder(tiny, tiny.draft()), requests)
+    stats = [decoded.results[r.request_id].speculation for r in requests]
+    assert sum(s.rounds for s in stats) == sum(r.rows for r in decoded.rounds)
+    assert sum(s.accepted_tokens for s in stats) == sum(r.accepted_tokens for r in decoded.rounds)
+    assert sum(s.draft_tokens for s in stats) == sum(sum(r.drafted_by_step) for r in decoded.rounds)
+    assert sum(s.draft_tokens for s in stats) == sum(sum(r.drafted_by_slot) for r in decoded.rounds)
+    assert sum(s.accepted_tokens for s in stats) == sum(sum(r.accepted_by_slot) for r in decoded.rounds)
+
+
+def test_speculation_can_be_refused_by_a_request(tiny: Tiny) -> None:
+    request = ListRequest("off", (tiny.codes[0],), 5, speculation=False)
+    result = decode_all(decoder(tiny, tiny.draft()), [request]).results["off"]
+    assert result.speculation.draft_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("pointer", "change"),
+    [
+        ("/k", {"k": 21}),
+        ("/k", {"k": 0}),
+        ("/history", {"history": ()}),
+        ("/history", {"history": ((9, 9, 9, 9),)}),
+        ("/exclude", {"exclude": ((0, 0),)}),
+        ("/filters", {"filters": {"colour": CategoryFilter(("red",))}}),
+        ("/filters/genre", {"filters": {"genre": RangeFilter(1, 2)}}),
+        ("/filters/year", {"filters": {"year": CategoryFilter(("1990",))}}),
+    ],
+)
+def test_bad_content_is_refused_by_name(tiny: Tiny, pointer: str, change: dict[str, object]) -> None:
+    values: dict[str, object] = {"request_id": "bad", "history": (tiny.codes[0],), "k": 5} | change
+    with pytest.raises(InvalidRequest) as caught:
+        decoder(tiny, None, "forced").validate(ListRequest(**values))  # type: ignore[arg-type]
+    assert caught.value.pointer == pointer
