@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from model.catalog import Catalog
 from model.decoding.budget import measured_budget
@@ -78,9 +79,7 @@ class Bundle:
         length = min(self.info.max_history_items, max(1, len(popular) // 4))
         histories = [popular[i::count][:length] or popular[:1] for i in range(count)]
         k = min(10, len(popular) - length)
-        return [
-            ListRequest(f"golden-{i}", tuple(item.codes for item in items), k) for i, items in enumerate(histories)
-        ]
+        return [ListRequest(f"golden-{i}", tuple(item.codes for item in items), k) for i, items in enumerate(histories)]
 
     def warm_up(self, decoder: ListDecoder) -> None:
         """Run every code path once and measure the budget of each load."""
@@ -121,18 +120,20 @@ def verify(folder: Path) -> dict[str, Any]:
         if isinstance(exc, BundleError):
             raise
         raise BundleError(f"{folder.name}/manifest.json cannot be used: {exc}") from exc
-    root = folder.resolve()
+    present = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    for name, path in present.items():
+        if path.is_symlink():  # also to a folder: what it holds would be loaded without a sum
+            raise BundleError(f"{name}: a bundle holds no symbolic links")
+        if path.is_file() and name not in listed and name != "manifest.json":
+            raise BundleError(f"{name}: not listed in the manifest")
     for name, (digest, size) in listed.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(root) or path.is_symlink():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BundleError(f"manifest.json: {name} lies outside the bundle")
-        if path.suffix not in ALLOWED_SUFFIXES:
+        if PurePosixPath(name).suffix not in ALLOWED_SUFFIXES:
             raise BundleError(f"{name}: only {', '.join(ALLOWED_SUFFIXES)} files may be in a bundle")
+        path = present.get(name, folder)
         if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
             raise BundleError(f"{name}: missing, truncated or changed since the manifest was written")
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
-    if unlisted := sorted(present - set(listed)):
-        raise BundleError(f"{unlisted[0]}: not listed in the manifest")
     return manifest
 
 
@@ -143,6 +144,8 @@ def load_bundle(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Bu
         catalog = Catalog.load(folder / "catalog.jsonl")
         vocabulary = Vocabulary.from_dict(manifest["vocabulary"])
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if not isinstance(report, dict):
+            raise BundleError("report.json: must be an object")
         if catalog.version != manifest["catalog_version"] or catalog.codebook_sizes != vocabulary.codebook_sizes:
             raise BundleError("catalog.jsonl: not the catalog this bundle was trained for")
         trie = ItemTrie(np.array([item.codes for item in catalog.items]), vocabulary, device)
@@ -155,10 +158,23 @@ def load_bundle(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Bu
             int(manifest["max_history_items"]),
             report,
         )
-    except (ValueError, KeyError, TypeError, OSError, AssertionError) as exc:
+        if info.max_history_items < 1:
+            raise BundleError("manifest.json: max_history_items must be positive")
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        OSError,
+        AssertionError,
+    ) as exc:
         if isinstance(exc, BundleError):
             raise
         raise BundleError(f"{folder.name}: {exc}") from exc
+    except SafetensorError as exc:
+        raise BundleError(f"{folder.name}: weights cannot be read: {exc}") from exc
     return Bundle(info, catalog, trie, target, *drafts)
 
 
@@ -169,9 +185,11 @@ def _draft(folder: Path, target: Target) -> Draft | None:
     shape = network.shape
     if shape.hidden_size != target.hidden_size or max(shape.feature_layers) >= target.num_layers:
         raise BundleError(f"{folder.name}: does not fit the target's shape")
+    if shape.num_slots != target.vocabulary.num_slots:
+        raise BundleError(f"{folder.name}: has {shape.num_slots} slots, the vocabulary {target.vocabulary.num_slots}")
     if any(not bool(p.isfinite().all()) for p in network.parameters()):
         raise BundleError(f"{folder.name}: weights are not finite")
-    return Draft(network, target.embedding)
+    return Draft(network, target.embedding, target.vocabulary)
 
 
 def _sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ Read from and written to `catalog.jsonl` (a header line, then a line per item). 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class Catalog:
     def load(cls, path: Path) -> "Catalog":
         """Read a catalog and check it against the version its header names. Raises CatalogError."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): JSON strings may hold what it takes for line ends (U+2028, U+0085).
+            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             header = json.loads(lines[0])
             items = tuple(_item(json.loads(line)) for line in lines[1:])
             catalog = cls(tuple(int(n) for n in header["codebook_sizes"]), items)
@@ -109,7 +110,11 @@ def _line(item: CatalogItem) -> str:
 
 
 def _item(values: Mapping[str, Any]) -> CatalogItem:
-    codes: Sequence[int] = values["codes"]
-    return CatalogItem(
-        str(values["item_id"]), tuple(int(c) for c in codes), int(values["popularity"]), dict(values["attributes"])
-    )
+    item_id, codes, popularity = values["item_id"], values["codes"], values["popularity"]
+    if not isinstance(item_id, str):
+        raise TypeError("item_id must be a string")
+    if not (isinstance(codes, list) and all(type(code) is int for code in codes)):
+        raise TypeError(f"codes of item {item_id!r} must be a list of integers")
+    if type(popularity) is not int:
+        raise TypeError(f"popularity of item {item_id!r} must be an integer")
+    return CatalogItem(item_id, tuple(codes), popularity, dict(values["attributes"]))

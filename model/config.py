@@ -4,10 +4,15 @@ Knows nothing of tensors: every value is a plain number, string or tuple, checke
 """
 
 import dataclasses
+import math
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAY_BE_ZERO = ("max_users", "max_cases", "patience", "seed")
 
 
 class RecipeError(ValueError):
@@ -64,6 +69,22 @@ class TargetConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning on lists: the target's own most likely next items, ranked by beam search."""
+
+    lists_per_user: int = 8
+    list_items: int = 10
+    beam_width: int = 24
+    item_dropout: float = 0.1
+    epochs: int = 2
+    batch_size: int = 8
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.1
+    warmup_fraction: float = 0.05
+    seed: int = 7
+
+
+@dataclass(frozen=True)
 class ListsConfig:
     """Lists the target writes for training users under the serving constraints: the draft's training data."""
 
@@ -106,6 +127,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lists: ListsConfig = field(default_factory=ListsConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -127,8 +149,11 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: unknown section {sorted(unknown)[0]!r}")
     if not isinstance(document.get("name"), str):
         raise RecipeError(f"{path}: 'name' must be a string")
+    # It names folders that are replaced as a whole: never a path.
+    if not NAME.fullmatch(document["name"]):
+        raise RecipeError(f"{path}: 'name' must be letters, digits, '.', '_' and '-', beginning with a letter or digit")
     built = {
-        name: _section(path, name, section.default_factory, document.get(name, {}))  # type: ignore[arg-type]
+        name: _section(path, name, section.default_factory, document.get(name, {}))
         for name, section in sections.items()
     }
     return Recipe(name=document["name"], **built)
@@ -143,6 +168,8 @@ def _section(path: Path, name: str, section: Any, values: Any) -> Any:
         if key not in fields:
             raise RecipeError(f"{path}: [{name}] has no field {key!r}")
         fields[key] = _checked(f"{path}: {name}.{key}", fields[key], value)
+        if type(fields[key]) is int and fields[key] == 0 and key not in MAY_BE_ZERO:
+            raise RecipeError(f"{path}: {name}.{key} must be positive")
     return section(**fields)
 
 
@@ -155,6 +182,6 @@ def _checked(where: str, default: Any, value: Any) -> Any:
         value = float(value)
     if type(value) is not type(default):
         raise RecipeError(f"{where} must be {type(default).__name__}")
-    if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-        raise RecipeError(f"{where} must not be negative")
+    if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+        raise RecipeError(f"{where} must be finite and not negative")
     return value

@@ -32,20 +32,18 @@ class Availability(NamedTuple):
 
 
 class Children(NamedTuple):
-    """Children of nodes, ascending by code: `nodes`, `codes` and the `available` leaves below each, all [B, M, C].
-    A child is legal where `available` is positive; other entries are padding."""
+    """Children of nodes, ascending by code: `nodes` and the `available` leaves below each, [B, M, C]. A child is legal
+    where `available` is positive; other entries are padding."""
 
     nodes: Tensor
-    codes: Tensor
     available: Tensor
 
 
 class Run(NamedTuple):
-    """A chosen token and the forced tokens after it. `tokens`, `slots` [B, M, L+1] (padding repeats valid tokens),
-    `length` [B, M], `node` [B, M] where the next choice is made, `leaf` [B, M] the item completed or N."""
+    """A chosen token and the forced tokens after it. `tokens` [B, M, L+1] (padding repeats valid tokens), `length`
+    [B, M], `node` [B, M] where the next choice is made, `leaf` [B, M] the item completed or N."""
 
     tokens: Tensor
-    slots: Tensor
     length: Tensor
     node: Tensor
     leaf: Tensor
@@ -75,7 +73,12 @@ class ItemTrie:
         )
         tokens = ordered + np.array(vocabulary.level_offsets)
         separators = np.full((len(codes), 1), vocabulary.separator)
-        self.item_tokens = torch.from_numpy(np.concatenate([tokens, separators], axis=1).astype(np.int64)).to(device)
+        rows = np.concatenate([tokens, separators], axis=1)
+        # One item's worth of padding: a run is read a whole row wide from wherever it starts.
+        self.item_tokens = torch.from_numpy(np.append(rows, rows[-1:])).to(device)
+        self.first_leaf = int(self.num_nodes - 2 - len(codes))
+        columns = np.cumsum([0, *vocabulary.codebook_sizes])
+        self.column = self.code + torch.from_numpy(columns[:-1])[(self.depth.cpu() - 1).clamp(min=0)].to(device)
         self._window = torch.arange(vocabulary.max_codebook_size + 1, device=device)
         self._places = torch.arange(self.num_levels + 1, device=device)
 
@@ -101,31 +104,32 @@ class ItemTrie:
     def children(self, nodes: Tensor, may: Availability, path: Tensor | None = None) -> Children:
         """Children of `nodes` [B, M] given what the rows may emit. `path` [B, M, P] holds leaves emitted on the way
         to each node and not yet in `may.excluded` (N where none). Leaves (depth L) have no children."""
-        first = self.first_child[nodes].unsqueeze(-1)
-        index = torch.minimum(first + self._window, self.first_child[nodes + 1].unsqueeze(-1))
-        bounds = self.leaf_start[index]
-        before = may.passing[may.filter_slot[:, None, None], bounds]
-        flat = bounds.flatten(1)
-        before = before - torch.searchsorted(may.excluded, flat).view_as(bounds)
+        first, last = self.first_child.take(nodes), self.first_child.take(nodes + 1)
+        index = torch.minimum(first.unsqueeze(-1) + self._window, last.unsqueeze(-1))
+        bounds = self.leaf_start.take(index)
+        banned = torch.searchsorted(may.excluded, bounds.flatten(1)).view_as(bounds)
         if path is not None and path.shape[-1]:
-            before = before - (path.unsqueeze(-2) < bounds.unsqueeze(-1)).sum(-1)
-        return Children(index[..., :-1], self.code[index[..., :-1]], before[..., 1:] - before[..., :-1])
+            banned += (path.unsqueeze(-2) < bounds.unsqueeze(-1)).sum(-1)
+        # With slot 0 alone there is no filter in use, and its prefix sum is the identity.
+        before = may.passing[may.filter_slot[:, None, None], bounds] if len(may.passing) > 1 else bounds
+        before = before - banned
+        return Children(index[..., :-1], before[..., 1:] - before[..., :-1])
 
     def run(self, chosen: Tensor, forced: bool = True) -> Run:
         """The run that starts with stepping into the nodes `chosen` [B, M]: on through single children to the end of
         the item and its separator. Without `forced`, the chosen token alone (the separator stays a token of its own:
         the end node of a completed item is then its leaf)."""
-        start = self.depth[chosen] - 1
-        end = self.run_end[chosen] if forced else chosen
-        stop = self.depth[end]
-        done = stop == self.num_levels
-        leaf = self.leaf_start[end]
-        places = (start.unsqueeze(-1) + self._places).clamp_(max=self.num_levels)
-        tokens = self.item_tokens[leaf].gather(-1, places)
+        end = self.run_end.take(chosen) if forced else chosen
+        leaf = self.leaf_start.take(end)
+        done = end >= self.first_leaf
+        # Tokens of the item from the chosen one on: a row of `item_tokens` read from the chosen depth.
+        place = leaf * (self.num_levels + 1) + self.depth.take(chosen) - 1
+        tokens = self.item_tokens.take(place.unsqueeze(-1) + self._places)
+        length = self.depth.take(end) - self.depth.take(chosen) + 1
         if forced:
-            stop = stop + done
-            end = torch.where(done, ROOT, end)
-        return Run(tokens, places, stop - start, end, torch.where(done, leaf, self.num_items))
+            length += done
+            end = end.masked_fill(done, ROOT)
+        return Run(tokens, length, end, leaf.masked_fill(~done, self.num_items))
 
 
 def _node_tables(codes: npt.NDArray[np.int64], changed: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:

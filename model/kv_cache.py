@@ -24,7 +24,7 @@ class Write(NamedTuple):
 
 
 class KVCache:
-    """Keys and values [layers, 2, R, T, kv_heads, head_size]."""
+    """Per layer, keys and values [R, kv_heads, T, head_size]."""
 
     def __init__(
         self,
@@ -36,8 +36,9 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (num_layers, 2, num_rows, num_positions, num_kv_heads, head_size)
+        shape = (num_layers, 2, num_rows, num_kv_heads, num_positions, head_size)
         self.data = torch.zeros(shape, device=device, dtype=dtype)
+        self._layers = [(layer[0], layer[1]) for layer in self.data]
 
     @property
     def num_rows(self) -> int:
@@ -45,23 +46,23 @@ class KVCache:
 
     @property
     def num_positions(self) -> int:
-        return self.data.shape[3]
+        return self.data.shape[4]
 
     def write(self, layer: int, keys: Tensor, values: Tensor, at: Write) -> None:
         """Store `keys`, `values` [B, n, kv_heads, head_size]."""
-        store = self.data[layer]
+        all_keys, all_values = self._layers[layer]
         if at.start is not None:
             stop = at.start + keys.shape[1]
-            store[0, at.row, at.start : stop].copy_(keys[0])
-            store[1, at.row, at.start : stop].copy_(values[0])
+            all_keys[at.row, :, at.start : stop].copy_(keys[0].transpose(0, 1))
+            all_values[at.row, :, at.start : stop].copy_(values[0].transpose(0, 1))
         else:
-            store[0].index_put_((at.rows, at.positions), keys)
-            store[1].index_put_((at.rows, at.positions), values)
+            all_keys.transpose(1, 2).index_put_((at.rows, at.positions), keys)
+            all_values.transpose(1, 2).index_put_((at.rows, at.positions), values)
 
     def read(self, layer: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, kv_heads, length, head_size] of rows 0..B-1, as views."""
-        both = self.data[layer, :, :num_rows, :length].transpose(2, 3)
-        return both[0], both[1]
+        keys, values = self._layers[layer]
+        return keys[:num_rows, :, :length], values[:num_rows, :, :length]
 
     def keep(self, base: Tensor, picked: Tensor) -> None:
         """Move the accepted tokens into place: position base + picked[:, i] to base + i for every i.
@@ -69,7 +70,7 @@ class KVCache:
         `base` [B], `picked` [B, a] ascending offsets (repeat an earlier one to pad: what lands past the accepted
         length is dead). Reads happen before writes.
         """
+        by_position = self.data.movedim(4, 3)
         rows = torch.arange(base.shape[0], device=base.device)[:, None]
         steps = torch.arange(picked.shape[1], device=base.device)
-        moved = self.data[:, :, rows, base[:, None] + picked]
-        self.data[:, :, rows, base[:, None] + steps] = moved
+        by_position[:, :, rows, base[:, None] + steps] = by_position[:, :, rows, base[:, None] + picked]

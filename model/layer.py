@@ -1,11 +1,12 @@
 """One decoder layer of the Llama family over a row KV cache, and the few functions it is made of.
 
 Queries, keys and values come from one fused linear layer, gate and up projections from another, norm scales folded
-in. Knows nothing of whole models, tries or requests.
+in: at the sizes served here a call costs as much as its arithmetic. Knows nothing of whole models, tries or requests.
 
-Shapes: B rows, n new tokens, T cached positions looked at, d hidden size, H query heads, s head size.
+Shapes: B rows, n new tokens, N = B n, T cached positions looked at, d hidden size, H query heads, s head size.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,37 +18,46 @@ from model.linear import PackedLinear
 Tensor = torch.Tensor
 
 
+class UnitNorm:
+    """x / |x|, with RMSNorm's epsilon: RMSNorm without the factor sqrt(size), which `scale` folds into the weights
+    that read the result. Three small operations instead of RMSNorm's seven."""
+
+    def __init__(self, size: int, epsilon: float, device: torch.device | str) -> None:
+        self.scale = math.sqrt(size)
+        self.floor = torch.tensor(math.sqrt(size * epsilon), device=device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return (wide / torch.hypot(norm, self.floor)).to(x.dtype)
+
+
 class Layer:
     """One decoder layer: attention and gated feed-forward, weights fused and ready to run."""
 
     def __init__(self, source: Any, num_heads: int, num_kv_heads: int, head_size: int, epsilon: float) -> None:
         attention, feed = source.self_attn, source.mlp
-        self.heads, self.kv_heads, self.size, self.epsilon = num_heads, num_kv_heads, head_size, epsilon
-        order = interleaved(head_size)
-        query_key = [
-            _by_head(attention.q_proj.weight, num_heads, order),
-            _by_head(attention.k_proj.weight, num_kv_heads, order),
-        ]
-        scale_in = source.input_layernorm.weight.float()
-        weight = torch.cat([*query_key, attention.v_proj.weight.float()]) * scale_in
+        self.heads, self.kv_heads, self.size = num_heads, num_kv_heads, head_size
+        dtype, device = attention.q_proj.weight.dtype, attention.q_proj.weight.device
+        self.norm = UnitNorm(attention.q_proj.weight.shape[1], epsilon, device)
+        order = interleaved(head_size).to(device)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        heads = (num_heads, num_kv_heads, None)
+        scale_in = source.input_layernorm.weight.float() * self.norm.scale
+        weight = torch.cat([_by_head(p.weight, h, order) for p, h in zip(projections, heads, strict=True)]) * scale_in
         bias = None
         if attention.q_proj.bias is not None:
-            bias = torch.cat(
-                [
-                    _by_head(attention.q_proj.bias[:, None], num_heads, order)[:, 0],
-                    _by_head(attention.k_proj.bias[:, None], num_kv_heads, order)[:, 0],
-                    attention.v_proj.bias.float(),
-                ]
-            )
-        self.qk_norm: Tensor | None = None
+            columns = [_by_head(p.bias[:, None], h, order)[:, 0] for p, h in zip(projections, heads, strict=True)]
+            bias = torch.cat(columns).to(dtype)
+        self.qkv = PackedLinear(weight.to(dtype), bias)
+        self.qk_scale: Tensor | None = None
         if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm.weight.float()[order], attention.k_norm.weight.float()[order]
-            self.qk_norm = torch.stack([query] * num_heads + [key] * num_kv_heads).detach()
-        dtype = attention.q_proj.weight.dtype
-        self.qkv = PackedLinear(weight.to(dtype), None if bias is None else bias.detach().to(dtype))
-        output_bias = attention.o_proj.bias
-        self.output = PackedLinear(attention.o_proj.weight, None if output_bias is None else output_bias.detach())
-        scale_mid = source.post_attention_layernorm.weight.float()
+            self.head_norm = UnitNorm(head_size, epsilon, device)
+            query, key = (n.weight.detach().float()[order] for n in (attention.q_norm, attention.k_norm))
+            scales = torch.stack([query] * num_heads + [key] * num_kv_heads)
+            self.qk_scale = (scales * self.head_norm.scale).to(dtype)
+        self.output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias)
+        scale_mid = source.post_attention_layernorm.weight.float() * self.norm.scale
         gate_up = torch.cat([feed.gate_proj.weight, feed.up_proj.weight]).float() * scale_mid
         self.gate_up = PackedLinear(gate_up.to(dtype))
         self.down = PackedLinear(feed.down_proj.weight)
@@ -55,47 +65,37 @@ class Layer:
     def __call__(
         self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache, layer: int, at: Write, length: int
     ) -> Tensor:
-        """`x` [B, n, d], `rotation` [B, n, 1, s/2] complex, `mask` [B, 1, n, T] additive; without it the pass is a
-        prefill: causal over its own tokens, nothing read from the cache."""
-        rows, new, _ = x.shape
-        qkv = self.qkv(rms_norm(x, self.epsilon))
-        both = self.heads + self.kv_heads
-        turned = qkv[..., : both * self.size].view(rows, new, both, self.size)
-        if self.qk_norm is not None:
-            turned = rms_norm(turned, self.epsilon) * self.qk_norm
-        turned = rotate(turned, rotation)
-        values = qkv[..., both * self.size :].view(rows, new, self.kv_heads, self.size)
+        """`x` [N, d], `rotation` [N, 1, s/2] complex, `mask` [B, 1, n, T] additive; without it the pass is a prefill:
+        causal over its own tokens, nothing read from the cache."""
+        rows, new = at.positions.shape
+        qkv = self.qkv(self.norm(x))
+        both = (self.heads + self.kv_heads) * self.size
+        turned = qkv[:, :both].unflatten(1, (-1, self.size))
+        if self.qk_scale is not None:
+            turned = self.head_norm(turned) * self.qk_scale
+        turned = rotate(turned, rotation).view(rows, new, -1, self.size)
         query, keys = turned[:, :, : self.heads].transpose(1, 2), turned[:, :, self.heads :]
+        values = qkv[:, both:].unflatten(1, (-1, self.size)).view(rows, new, -1, self.size)
         cache.write(layer, keys, values, at)
         if mask is None:
-            mixed = scaled_dot_product_attention(
-                query, keys.transpose(1, 2), values.transpose(1, 2), is_causal=True, enable_gqa=self._grouped
-            ).transpose(1, 2)
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            grouped = self.heads != self.kv_heads
+            mixed = scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=grouped)
         else:
             mixed = self._attend(query, *cache.read(layer, rows, length), mask)
-        x = x + self.output(mixed.reshape(rows, new, self.heads * self.size))
-        gate, up = self.gate_up(rms_norm(x, self.epsilon)).chunk(2, -1)
-        return x + self.down(silu(gate) * up)
-
-    @property
-    def _grouped(self) -> bool:
-        return self.heads != self.kv_heads
+        x = self.output.add_to(x, mixed.transpose(1, 2).reshape(rows * new, -1))
+        gate, up = self.gate_up(self.norm(x)).chunk(2, -1)
+        return self.down.add_to(x, silu(gate) * up)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """[B, n, H, s]. Query heads that share a key/value head become extra queries, so nothing is repeated."""
+        """[B, H, n, s]. Query heads that share a key/value head become extra queries, so nothing is repeated."""
+        if self.heads == self.kv_heads:
+            return scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         rows, heads, new, size = query.shape
-        if self._grouped:
-            group = heads // self.kv_heads
-            query = query.reshape(rows, self.kv_heads, group * new, size)
-            mask = mask.repeat(1, 1, group, 1)
-        mixed = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        return mixed.reshape(rows, heads, new, size).transpose(1, 2)
-
-
-def rms_norm(x: Tensor, epsilon: float) -> Tensor:
-    """x / rms(x) without the learned scale, which is folded into the next linear layer."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+        group = heads // self.kv_heads
+        query = query.reshape(rows, self.kv_heads, group * new, size)
+        mixed = scaled_dot_product_attention(query, keys, values, attn_mask=mask.repeat(1, 1, group, 1))
+        return mixed.reshape(rows, heads, new, size)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -109,7 +109,10 @@ def interleaved(size: int) -> Tensor:
     return torch.arange(size).view(2, size // 2).t().reshape(-1)
 
 
-def _by_head(weight: Tensor, heads: int, order: Tensor) -> Tensor:
-    size = weight.shape[0] // heads
-    assert size == len(order), (size, len(order))
-    return weight.float().view(heads, size, -1)[:, order].reshape(weight.shape[0], -1)
+def _by_head(weight: Tensor, heads: int | None, order: Tensor) -> Tensor:
+    """The rows of a query or key projection, each head's put into `order`; values stay as they are."""
+    weight = weight.detach().float()
+    if heads is None:
+        return weight
+    assert weight.shape[0] == heads * len(order), (weight.shape, heads, len(order))
+    return weight.view(heads, len(order), -1)[:, order].reshape(weight.shape)

@@ -6,6 +6,7 @@ anywhere (an imported LLM has them after its text tokens). Knows nothing of item
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 Codes = tuple[int, ...]
@@ -26,12 +27,16 @@ class Vocabulary:
         if len(self.codebook_sizes) != len(self.level_offsets) or not self.codebook_sizes:
             raise ValueError("level_offsets must have one entry per level")
         ranges = sorted((o, o + n) for o, n in zip(self.level_offsets, self.codebook_sizes, strict=True))
-        if any(a[1] > b[0] for a, b in zip(ranges, ranges[1:], strict=False)):
+        if any(a[1] > b[0] for a, b in pairwise(ranges)):
             raise ValueError("level ranges overlap")
+        if min(self.codebook_sizes) < 1:
+            raise ValueError("a codebook needs at least one code")
         if ranges[-1][1] > self.size or any(lo <= self.separator < hi for lo, hi in ranges):
             raise ValueError("level ranges and separator must be distinct tokens below size")
         if not self.prompt_prefix:
             raise ValueError("prompt_prefix needs at least one token")
+        if not all(0 <= token < self.size for token in (ranges[0][0], self.separator, *self.prompt_prefix)):
+            raise ValueError("every token must lie in 0..size-1")
 
     @classmethod
     def compact(cls, codebook_sizes: Sequence[int]) -> "Vocabulary":
@@ -66,6 +71,13 @@ class Vocabulary:
     def max_codebook_size(self) -> int:
         return max(self.codebook_sizes)
 
+    def slot(self, token: int) -> int:
+        """Slot of a token: its level, the separator's, or the prompt's."""
+        for level, (offset, size) in enumerate(zip(self.level_offsets, self.codebook_sizes, strict=True)):
+            if offset <= token < offset + size:
+                return level
+        return self.separator_slot if token == self.separator else self.prompt_slot
+
     def item_tokens(self, codes: Codes) -> list[int]:
         """Tokens of one item, separator included. Raises ValueError when a code is out of its level's range."""
         if len(codes) != self.num_levels:
@@ -75,13 +87,9 @@ class Vocabulary:
                 raise ValueError(f"code {level} is outside its codebook")
         return [o + c for o, c in zip(self.level_offsets, codes, strict=True)] + [self.separator]
 
-    def prompt(self, history: Iterable[Codes]) -> tuple[list[int], list[int]]:
-        """Tokens and slots of a prompt: the prefix, then each history item, oldest first."""
-        tokens, slots = list(self.prompt_prefix), [self.prompt_slot] * len(self.prompt_prefix)
-        for codes in history:
-            tokens += self.item_tokens(codes)
-            slots += range(self.num_levels + 1)
-        return tokens, slots
+    def prompt(self, history: Iterable[Codes]) -> list[int]:
+        """Tokens of a prompt: the prefix, then each history item, oldest first."""
+        return [*self.prompt_prefix, *(token for codes in history for token in self.item_tokens(codes))]
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model.kv_cache import KVCache, Write
-from model.layer import Layer, rms_norm
+from model.layer import Layer, UnitNorm
 from model.linear import PackedLinear
 from model.semantic_id import Vocabulary
 
@@ -53,16 +53,16 @@ class Target:
         self.hidden_size, self.num_layers = config.hidden_size, config.num_hidden_layers
         self.num_kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.epsilon = config.rms_norm_eps
+        self.norm = UnitNorm(config.hidden_size, config.rms_norm_eps, device)
         self.window = _sliding_window(config)
         body = model.model
         with torch.no_grad():
             self.layers = [
-                Layer(source, config.num_attention_heads, self.num_kv_heads, self.head_size, self.epsilon)
+                Layer(source, config.num_attention_heads, self.num_kv_heads, self.head_size, config.rms_norm_eps)
                 for source in body.layers
             ]
             self.embedding = body.embed_tokens.weight.detach()
-            self.norm = body.norm.weight.detach()
+            self.norm_scale = (body.norm.weight.detach().float() * self.norm.scale).to(self.dtype)
             tokens = torch.cat(
                 [torch.arange(o, o + n) for o, n in zip(vocabulary.level_offsets, vocabulary.codebook_sizes, strict=True)]
             )
@@ -106,24 +106,22 @@ class Target:
     ) -> TargetOutput:
         """One pass over `tokens` [B, n] at `positions` [B, n]; see Layer for `mask`. `features` names layers whose
         outputs are wanted (the last layer's is replaced by the normalised hidden state)."""
-        x = self.embedding[tokens]
-        rotation = self.rotation(positions)
+        rows, new = tokens.shape
+        x = self.embedding[tokens.flatten()]
+        rotation = self._rotations[positions.flatten()].unsqueeze(1)
         kept: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, cache, index, at, length)
             if index in features:
-                kept.append(x)
-        hidden = rms_norm(x, self.epsilon) * self.norm
+                kept.append(x.view(rows, new, -1))
+        hidden = (self.norm(x) * self.norm_scale).view(rows, new, -1)
         if self.num_layers - 1 in features:
             kept[-1] = hidden
         return TargetOutput(hidden, tuple(kept))
 
     def item_logits(self, hidden: Tensor) -> Tensor:
         """[..., S] float32 logits of the item tokens only, level after level (see `head_columns`)."""
-        return self.head(hidden).float()
-
-    def rotation(self, positions: Tensor) -> Tensor:
-        return self._rotations[positions].unsqueeze(-2)
+        return self.head(hidden.flatten(0, -2)).float().view(*hidden.shape[:-1], -1)
 
     def reserve_positions(self, count: int) -> None:
         """Make room for positions below `count`; not during serving."""

@@ -34,11 +34,16 @@ Record = dict[str, Any]
 
 
 def held_out_requests(bundle: Bundle, data: Path, k: int, users: int = 0) -> list[ListRequest]:
-    """One request per held-out user: everything but the last `k` items. Raises DataError."""
+    """One request per held-out user: everything but the last ten items, whatever `k`. Raises DataError."""
     codes = {item.item_id: item.codes for item in bundle.catalog.items}
     by_user = {h.user_id: h for h in histories(read_movielens(data))}
-    names = bundle.info.report["held_out_users"]
-    found = [ListRequest(u, tuple(codes[i] for i in by_user[u].item_ids[:-10]), k) for u in names]
+    names = bundle.info.report.get("held_out_users", [])
+    if not names:
+        raise DataError("the bundle's report names no held-out users")
+    try:
+        found = [ListRequest(u, tuple(codes[i] for i in by_user[u].item_ids[:-10]), k) for u in names]
+    except KeyError as exc:
+        raise DataError(f"{data} is not what the bundle was trained on: {exc} is unknown") from exc
     return found[:users] if users else found
 
 
@@ -162,9 +167,13 @@ def bench_exact(bundle: Bundle, requests: Sequence[ListRequest], say: Callable[[
     assert bundle.draft is not None
     shape = bundle.draft.network.shape
     torch.manual_seed(1)
-    random_draft = Draft(DraftNetwork(shape), bundle.target.embedding)
+    random_draft = Draft(DraftNetwork(shape), bundle.target.embedding, bundle.target.vocabulary)
     records = []
-    for name, draft in (("trained", bundle.draft), ("random", random_draft), ("adversarial", adversarial(bundle.draft))):
+    for name, draft in (
+        ("trained", bundle.draft),
+        ("random", random_draft),
+        ("adversarial", adversarial(bundle, bundle.draft)),
+    ):
         for batch in (1, 8, 32):
             for width in (1, 3):
                 budget = LoadBudget({batch: Budget(4, width)})
@@ -184,13 +193,13 @@ def bench_exact(bundle: Bundle, requests: Sequence[ListRequest], say: Callable[[
     return records
 
 
-def adversarial(draft: Draft) -> Draft:
+def adversarial(bundle: Bundle, draft: Draft) -> Draft:
     """A draft that proposes what it believes least: the sign of its output is turned."""
     network = DraftNetwork(draft.network.shape)
     network.load_state_dict(draft.network.state_dict())
     with torch.no_grad():
         network.norms[2].neg_()
-    return Draft(network, draft.embedding)
+    return Draft(network, bundle.target.embedding, bundle.target.vocabulary)
 
 
 def machine() -> Record:
@@ -225,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         bundle = load_bundle(options.bundle, dtype=options.dtype, device=options.device)
         requests = held_out_requests(bundle, options.data, options.k, options.users)
-    except (BundleError, DataError, KeyError) as exc:
+    except (BundleError, DataError) as exc:
         print(f"padrec bench decode: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 2
     if options.exact:

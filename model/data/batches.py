@@ -60,19 +60,25 @@ def token_batches(
     soon_decay: float,
 ) -> Iterator[TokenBatch]:
     """Batches of windows. The prefix and separators are context, not questions: serving forces them."""
-    prefix, places = len(vocabulary.prompt_prefix), vocabulary.tokens_per_item
     for begin in range(0, len(windows), batch_size):
-        chunk = windows[begin : begin + batch_size]
-        longest = max(len(window) for window in chunk)
-        items = torch.full((len(chunk), longest, vocabulary.num_levels), -1)
-        tokens = torch.zeros(len(chunk), prefix + longest * places, dtype=torch.int64)
-        for row, window in enumerate(chunk):
-            items[row, : len(window)] = torch.tensor([codes[i] for i in window])
-            sequence, _ = vocabulary.prompt(codes[i] for i in window)
-            tokens[row, : len(sequence)] = torch.tensor(sequence)
-        labels = soon_labels(items, vocabulary, soon_items, soon_decay)
-        asked = (torch.arange(longest)[:, None] * places + torch.arange(vocabulary.num_levels) + prefix - 1).flatten()
-        yield TokenBatch(tokens, labels.flatten(1, 2), asked)
+        chunk = [[codes[i] for i in window] for window in windows[begin : begin + batch_size]]
+        tokens, items, asked = token_layout(chunk, vocabulary)
+        yield TokenBatch(tokens, soon_labels(items, vocabulary, soon_items, soon_decay).flatten(1, 2), asked)
+
+
+def token_layout(windows: Sequence[Sequence[Codes]], vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
+    """`tokens` [B, T], `items` [B, I, L] codes (-1: padding), and `asked` [I * L], the position each code token is
+    predicted from."""
+    prefix, longest = len(vocabulary.prompt_prefix), max(map(len, windows))
+    items = torch.full((len(windows), longest, vocabulary.num_levels), -1)
+    tokens = torch.zeros(len(windows), prefix + longest * vocabulary.tokens_per_item, dtype=torch.int64)
+    for row, window in enumerate(windows):
+        items[row, : len(window)] = torch.tensor(window)
+        sequence = vocabulary.prompt(window)
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+    levels = torch.arange(vocabulary.num_levels)
+    asked = torch.arange(longest)[:, None] * vocabulary.tokens_per_item + levels + prefix - 1
+    return tokens, items, asked.flatten()
 
 
 def soon_labels(items: Tensor, vocabulary: Vocabulary, soon_items: int, decay: float) -> Tensor:

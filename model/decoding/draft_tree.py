@@ -32,13 +32,12 @@ class Root(NamedTuple):
 
 
 class DraftTree(NamedTuple):
-    """Nodes in order of steps: `tokens`, `slots` [B, M, Q], `length` [B, M] (0: no node), `leaf` [B, M], `node` [B, M] trie
+    """Nodes in order of steps: `tokens` [B, M, Q], `length` [B, M] (0: no node), `leaf` [B, M], `node` [B, M] trie
     node after the run, `parent` [B, M] group, `choice` [B, M] index among the parent's children, `slot` [B, M] of the
     choice, `start` [B, M] position of the first token, `sees` [B, G, G] group visibility (itself included), and the
     `children` [B, G, C] of every group."""
 
     tokens: Tensor
-    slots: Tensor
     length: Tensor
     leaf: Tensor
     node: Tensor
@@ -75,21 +74,22 @@ def pack(length: Tensor, places: int) -> Packing:
     return Packing(index[:, :width], valid, (stop - 1).clamp_(min=0), total)
 
 
-def additive(visible: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Attention mask: 0 where visible, -inf elsewhere, with a head dimension."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
-
-
-def behind(committed: Tensor, own: Tensor, length: int) -> Tensor:
-    """Visibility [B, n, length]: everything committed [B], then `own` [B, n, m] for the m positions behind it."""
+def attention_mask(committed: Tensor, own: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Additive mask [B, 1, n, length]: 0 on everything committed [B] and where `own` [B, n, m] allows among the m
+    positions behind it, -inf elsewhere. At least one position is visible to every token, padding too: a softmax over
+    nothing is NaN, and NaN in a cache survives masking."""
     rows, new, extra = own.shape
+    if rows == 1 and not own.is_cuda and length - extra > 0:  # one row knows where it ends: no scatter
+        mask = torch.zeros(1, 1, new, length, dtype=dtype)
+        if extra:
+            mask[0, 0, :, length - extra :].masked_fill_(~own[0], float("-inf"))
+        return mask
     places = torch.arange(length, device=own.device)
-    # At least one position is visible to every token, padding too: a softmax over nothing is NaN, and NaN in a
-    # cache survives masking.
     visible = (places < committed[:, None].clamp(min=1)).unsqueeze(1).expand(rows, new, length).contiguous()
     index = committed[:, None] + torch.arange(extra, device=own.device)
-    return visible.scatter_(2, index.unsqueeze(1).expand(rows, new, extra), own)
+    visible.scatter_(2, index.unsqueeze(1).expand(rows, new, extra), own)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
 
 
 def write_at(positions: Tensor) -> Write:
@@ -99,11 +99,9 @@ def write_at(positions: Tensor) -> Write:
     return Write(rows, positions, 0, int(positions[0, 0]) if single else None)
 
 
-def legal_logits(target: Target, trie: ItemTrie, hidden: Tensor, nodes: Tensor, children: Children) -> Tensor:
-    """Logits [B, G, C] of the children of `nodes` [B, G], -inf where not legal, from `hidden` [B, G, d]."""
-    level = trie.depth[nodes].clamp(max=trie.num_levels - 1)
-    columns = target.head_columns[level].unsqueeze(-1) + children.codes
-    logits = target.item_logits(hidden).gather(-1, columns.clamp_(max=target.num_item_tokens - 1))
+def legal_logits(target: Target, trie: ItemTrie, hidden: Tensor, children: Children) -> Tensor:
+    """Logits [B, G, C] of the `children` of G nodes, -inf where not legal, from `hidden` [B, G, d]."""
+    logits = target.item_logits(hidden).gather(-1, trie.column.take(children.nodes))
     return logits.masked_fill_(children.available <= 0, float("-inf"))
 
 
@@ -132,7 +130,7 @@ def grow(
     for step in range(steps):
         children = trie.children(node, may, path)
         windows.append(children)
-        logits = legal_logits(target, trie, feature, node, children)
+        logits = legal_logits(target, trie, feature, children)
         parent, choice, score, valid = _best(logits, score, remaining > 0, width)
         slot = trie.depth[node].gather(1, parent)
         chosen = children.nodes.flatten(1).gather(1, parent * logits.shape[-1] + choice)
@@ -144,7 +142,7 @@ def grow(
         group = torch.arange(1 + step * width, 1 + step * width + width, device=device).expand(rows, -1)
         own = sees[:, 1 + step * width : 1 + step * width + width]
         own |= sees.gather(1, above.unsqueeze(-1).expand(-1, -1, sees.shape[-1]))
-        grown.append((run.tokens, run.slots, length, leaf, run.node, above, choice, slot, start))
+        grown.append((run.tokens, length, leaf, run.node, above, choice, slot, start))
         path = torch.cat([_pick(path, parent), leaf.unsqueeze(-1)], dim=-1)
         remaining = torch.where(valid, remaining.gather(1, parent) - (leaf < trie.num_items).long(), 0)
         feature, node, position = _pick(feature, parent), run.node, start + length
@@ -158,7 +156,7 @@ def grow(
     if not grown:
         none = torch.empty(rows, 0, dtype=torch.int64, device=device)
         tokens = none.unsqueeze(-1).expand(rows, 0, places)
-        return DraftTree(tokens, tokens, none, none, none, none, none, none, none, sees, children)
+        return DraftTree(tokens, none, none, none, none, none, none, none, sees, children)
     return DraftTree(*(torch.cat(parts, dim=1) for parts in zip(*grown, strict=True)), sees, children)
 
 
@@ -193,14 +191,12 @@ def _draft_step(
     extra = width * places
     stored = committed[:, None] + torch.arange(step * extra, (step + 1) * extra, device=length.device)
     features = feature.unsqueeze(2).expand(-1, -1, places, -1).flatten(1, 2)
-    z = draft.read(
-        run.tokens.flatten(1), run.slots.flatten(1), features, positions.flatten(1), step + 1, cache, write_at(stored)
-    )
-    last = (length - 1).clamp(min=0)
-    z = z.unflatten(1, (width, places)).gather(2, last[..., None, None].expand(-1, -1, 1, z.shape[-1])).squeeze(2)
+    at = write_at(stored)
+    z, query = draft.read(run.tokens.flatten(1), features, positions.flatten(1), step + 1, cache, at)
+    last = (length - 1).clamp(min=0) + torch.arange(0, extra, places, device=length.device)
+    query = _pick(query.flatten(2), last).unflatten(2, query.shape[2:])
     reach = int(committed.max()) + (step + 1) * extra if not length.is_cuda else cache.num_positions
-    mask = additive(behind(committed, seen, reach))
-    return draft.predict(z, start + last, mask, cache, reach)
+    return draft.predict(_pick(z, last), query, attention_mask(committed, seen, reach), cache, reach)
 
 
 def _pick(values: Tensor, parent: Tensor) -> Tensor:

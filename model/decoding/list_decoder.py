@@ -20,8 +20,7 @@ from model.decoding.draft_tree import (
     DraftTree,
     Packing,
     Root,
-    additive,
-    behind,
+    attention_mask,
     grow,
     legal_logits,
     pack,
@@ -48,12 +47,12 @@ class Budget(NamedTuple):
 
 class Choice(NamedTuple):
     """The target's best legal child at every group: `index` [B, G] among the children, `node` [B, G] stepped into,
-    `score` [B, G] log-probability in nats, `logits` [B, G, C] (-inf where not legal) and the `children` themselves."""
+    `score` [B, G] its log-probability in nats, `log_probs` [B, G, C] of all (-inf where not legal), and the `children`."""
 
     index: Tensor
     node: Tensor
     score: Tensor
-    logits: Tensor
+    log_probs: Tensor
     children: Children
 
 
@@ -136,11 +135,9 @@ class ListDecoder:
         """Read the prompts of newly placed rows in one pass and make the first choice of each."""
         device, held = self.target.device, [self.rows.row(i) for i in indices]
         prompts = [self.target.vocabulary.prompt(row.request.history[-row.history_used :]) for row in held]
-        longest = max(len(tokens) for tokens, _ in prompts)
-        tokens, slots = (
-            torch.tensor([p[part] + [0] * (longest - len(p[part])) for p in prompts], device=device) for part in (0, 1)
-        )
-        length = torch.tensor([len(p[0]) for p in prompts], device=device)
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+        length = torch.tensor([len(p) for p in prompts], device=device)
         rows = torch.tensor(indices, device=device)
         positions = torch.arange(longest, device=device).expand(len(indices), -1)
         at = Write(rows[:, None], positions, indices[0], 0 if len(indices) == 1 else None)
@@ -152,14 +149,14 @@ class ListDecoder:
             fused = self.draft.fuse_features(output.features)
             # A token's partner is the feature before it; the first token has none.
             before = torch.cat([torch.zeros_like(fused[:, :1]), fused[:, :-1]], dim=1)
-            self.draft.read(tokens, slots, before, positions, 0, self.draft_cache, at)
+            self.draft.read(tokens, before, positions, 0, self.draft_cache, at)
             feature = _at(fused, last)
         root = torch.zeros_like(last)
-        choice = self._choose(_at(output.hidden, last), root, self.trie.children(root, self.rows.may(rows)))
+        choice = self._choose(_at(output.hidden, last), self.trie.children(root, self.rows.may(rows)))
         if self.record:
             self.record(indices, root[:, 0], choice)
         run = self._step_into(root, choice.node)
-        gain = Gain(run.tokens, run.slots, run.length, run.leaf, feature, torch.zeros_like(length), run.node[:, 0])
+        gain = Gain(run.tokens, run.length, run.leaf, feature, torch.zeros_like(length), run.node[:, 0])
         self.rows.advance(rows, length, gain)
         self._account(indices, choice.score, gain)
 
@@ -178,7 +175,7 @@ class ListDecoder:
         packing = pack(length, self.places)
         hidden, feature = self._verify(count, tree, packing, budget)
         nodes = torch.cat([self.rows.node[:count, None], tree.node], dim=1)
-        choice = self._choose(hidden, nodes, tree.children)
+        choice = self._choose(hidden, tree.children)
         verdict = accept_greedy(tree, choice.index, budget.steps, budget.width)
         if self.record and not budget.steps:
             self.record(range(count), nodes[:, 0], choice)
@@ -216,16 +213,17 @@ class ListDecoder:
         assert self.draft and self.draft_cache
         rows = self.rows
         packing = pack(rows.fresh_length[:count], self.places)
-        tokens, slots = (x[:count].flatten(1).gather(1, packing.index) for x in (rows.fresh_tokens, rows.fresh_slots))
+        tokens = rows.fresh_tokens[:count].flatten(1).gather(1, packing.index)
         feature = _at(rows.fresh_feature[:count], packing.index // self.places)
         order = torch.arange(packing.index.shape[1], device=position.device)
         stored = (position - packing.total)[:, None] + order
-        z = self.draft.read(tokens, slots, feature, stored, 0, self.draft_cache, write_at(stored))
+        z, query = self.draft.read(tokens, feature, stored, 0, self.draft_cache, write_at(stored))
         last = (packing.total - 1).clamp(min=0)[:, None]
+        query = _at(query.flatten(2), last).unflatten(2, query.shape[2:])
         reach = self.draft_cache.num_positions if position.is_cuda else int(position.max())
         nothing = torch.zeros(count, 1, 0, dtype=torch.bool, device=position.device)
-        mask = additive(behind(position, nothing, reach))
-        return self.draft.predict(_at(z, last), stored.gather(1, last), mask, self.draft_cache, reach)[:, 0]
+        mask = attention_mask(position, nothing, reach)
+        return self.draft.predict(_at(z, last), query, mask, self.draft_cache, reach)[:, 0]
 
     def _verify(self, count: int, tree: DraftTree, packing: Packing, budget: Budget) -> tuple[Tensor, Tensor | None]:
         """The target's pass over pending run and tree: hidden states and fused features [B, G, d] at group ends."""
@@ -240,7 +238,7 @@ class ListDecoder:
             own = own & sees
         stored = base[:, None] + torch.arange(width, device=base.device)
         reach = self.cache.num_positions if base.is_cuda else int(base.max()) + width
-        mask = additive(behind(base, own, reach), self.target.dtype)
+        mask = attention_mask(base, own, reach, self.target.dtype)
         layers = self.draft.feature_layers if self.draft else ()
         output = self.target(tokens, positions, self.cache, write_at(stored), mask, reach, layers)
         if self.draft is None:
@@ -248,14 +246,14 @@ class ListDecoder:
         feature = self.draft.fuse_features(tuple(_at(f, packing.end) for f in output.features))
         return _at(output.hidden, packing.end), feature
 
-    def _choose(self, hidden: Tensor, nodes: Tensor, children: Children) -> Choice:
+    def _choose(self, hidden: Tensor, children: Children) -> Choice:
         """Ties go to the lowest token: children ascend by code and `max` names the first. A token without an
         alternative scores exactly 0."""
-        logits = legal_logits(self.target, self.trie, hidden, nodes, children)
-        best = logits.max(-1)
-        score = best.values - logits.logsumexp(-1)
+        log_probs = torch.log_softmax(legal_logits(self.target, self.trie, hidden, children), dim=-1)
+        best = log_probs.max(-1)
         node = children.nodes.gather(-1, best.indices.unsqueeze(-1)).squeeze(-1)
-        return Choice(best.indices, node, torch.where(score.isfinite(), score, 0.0), logits, children)
+        # Where nothing is legal (a finished row, a leaf in plain decoding) everything is NaN, and nothing is scored.
+        return Choice(best.indices, node, best.values.nan_to_num(0.0), log_probs, children)
 
     def _step_into(self, nodes: Tensor, chosen: Tensor) -> Run:
         """The run that starts with each choice; without forced runs, a token alone, the separator one of its own."""
@@ -265,7 +263,6 @@ class ListDecoder:
         run = self.trie.run(torch.where(at_leaf, nodes, chosen), forced=False)
         return Run(
             run.tokens.masked_fill(at_leaf.unsqueeze(-1), self.target.vocabulary.separator),
-            run.slots.masked_fill(at_leaf.unsqueeze(-1), self.trie.num_levels),
             run.length.masked_fill(at_leaf, 1),
             run.node.masked_fill(at_leaf, 0),
             run.leaf.masked_fill(at_leaf, self.trie.num_items),
@@ -285,7 +282,6 @@ class ListDecoder:
         leaf = torch.cat([tree.leaf, bonus.leaf], dim=1).gather(1, index)
         return Gain(
             _at(torch.cat([tree.tokens, bonus.tokens], dim=1), index),
-            _at(torch.cat([tree.slots, bonus.slots], dim=1), index),
             length,
             torch.where(kept, leaf, self.trie.num_items),
             None if feature is None else _at(feature, verdict.path),

@@ -28,7 +28,7 @@ class PlainTwin:
         if allowed is not None:
             banned |= set(self.items) - allowed
         used = request.history[-self.max_history_items :]
-        tokens, _ = vocabulary.prompt(used)
+        tokens = vocabulary.prompt(used)
         cache = self.target.new_cache(1, len(tokens) + request.k * vocabulary.tokens_per_item)
         logits = self._pass(tokens, 0, cache)
         length = len(tokens)
@@ -62,4 +62,4 @@ class PlainTwin:
         at = Write(torch.zeros(1, 1, dtype=torch.int64), positions, 0, start)
         inputs = torch.tensor([tokens], device=self.target.device)
         output = self.target(inputs, positions, cache, at, mask.to(self.target.device), length)
-        return self.target.item_logits(output.hidden[0, -1])
+        return self.target.item_logits(output.hidden[0, -1:])[0]

@@ -44,12 +44,11 @@ class Row:
 
 
 class Gain(NamedTuple):
-    """Runs a round added to each row, in order: `tokens`, `slots` [B, K, Q], `length` [B, K] (0: none), `leaf` [B, K],
+    """Runs a round added to each row, in order: `tokens` [B, K, Q], `length` [B, K] (0: none), `leaf` [B, K],
     `feature` [B, K, d] the target's (fused) feature each was chosen from, `last` [B] index of the last run, which is
     not in the target's cache yet, and `node` [B] where it ends."""
 
     tokens: Tensor
-    slots: Tensor
     length: Tensor
     leaf: Tensor
     feature: Tensor | None
@@ -75,7 +74,7 @@ class Rows:
         places = trie.num_levels + 1
         self.pending_tokens = whole.new_zeros(num_rows, 1, places)
         self.pending_length = whole.new_zeros(num_rows, 1)
-        self.fresh_tokens, self.fresh_slots = whole.new_zeros(2, num_rows, max_gain, places).unbind()
+        self.fresh_tokens = whole.new_zeros(num_rows, max_gain, places)
         self.fresh_length = whole.new_zeros(num_rows, max_gain)
         self.fresh_feature = torch.zeros(num_rows, max_gain, size, device=trie.device)
 
@@ -169,7 +168,7 @@ class Rows:
             self.excluded[rows] = merged[:, : self.excluded.shape[1]]
         if gain.feature is not None:
             added = gain.length.shape[1]
-            self.fresh_tokens[rows, :added], self.fresh_slots[rows, :added] = gain.tokens, gain.slots
+            self.fresh_tokens[rows, :added] = gain.tokens
             self.fresh_feature[rows, :added] = gain.feature
             self.fresh_length[rows] = 0
             self.fresh_length[rows, :added] = gain.length

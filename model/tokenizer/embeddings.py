@@ -67,4 +67,5 @@ def _attribute_columns(item_ids: Sequence[str], attributes: Mapping[str, Mapping
 
 def _unit_rows(rows: Array) -> Array:
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
+    unit: Array = np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
+    return unit

@@ -15,9 +15,9 @@ from model.semantic_id import Codes
 Array = npt.NDArray[np.float64]
 
 
-def semantic_ids(embeddings: Array, popularity: npt.NDArray[np.int64], config: TokenizerConfig) -> tuple[
-    list[Codes], tuple[int, ...]
-]:
+def semantic_ids(
+    embeddings: Array, popularity: npt.NDArray[np.int64], config: TokenizerConfig
+) -> tuple[list[Codes], tuple[int, ...]]:
     """Distinct codes per row of `embeddings`, and the codebook sizes with the last, collision-separating level."""
     residual = embeddings.copy()
     levels = []
@@ -40,7 +40,8 @@ def _codebook(rows: Array, size: int, config: TokenizerConfig, level: int) -> tu
     """Lloyd's algorithm from k-means++ seeds; identical rows leave codes unused, which the trie never offers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="One of the clusters is empty", category=UserWarning)
+        distinct = len(np.unique(rows, axis=0))
         centroids, labels = kmeans2(
-            rows, min(size, len(rows)), iter=config.iterations, minit="++", seed=config.seed + level
+            rows, min(size, distinct), iter=config.iterations, minit="++", seed=config.seed + level
         )
     return labels.astype(np.int64), centroids

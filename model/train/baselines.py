@@ -43,7 +43,8 @@ def baselines(users: Sequence[History], item_ids: Sequence[str], k: int) -> dict
             places = [index[i] for i in history]
             scores = score(places).copy()
             scores[places] = -np.inf
-            return [item_ids[i] for i in np.lexsort((np.arange(len(scores)), -scores))[:k]]
+            ranked = np.lexsort((np.arange(len(scores)), -scores))
+            return [item_ids[i] for i in ranked[: len(scores) - len(set(places))][:k]]
 
         return recommend
 

@@ -73,16 +73,16 @@ def _batch(lists: WrittenLists, model: PreTrainedModel, vocabulary: Vocabulary, 
     places, decisions = vocabulary.tokens_per_item, lists.level.shape[1]
     histories = [[tuple(c) for c in h if c[0] >= 0] for h in lists.history.tolist()]
     prompts = [vocabulary.prompt(h) for h in histories]
-    first = max(len(tokens) for tokens, _ in prompts)
+    first = max(map(len, prompts))
     offsets = torch.tensor([*vocabulary.level_offsets, vocabulary.separator])
     items = torch.cat([lists.items, torch.zeros_like(lists.items[..., :1])], dim=-1) + offsets
     rows, length = len(histories), first + items.shape[1] * places
-    tokens, slots = torch.zeros(2, rows, length, dtype=torch.int64).unbind()
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
     tokens[:, first:] = items.flatten(1)
-    slots[:, first:] = torch.arange(places).repeat(items.shape[1])
-    pad = torch.tensor([first - len(p) for p, _ in prompts])
-    for row, (prompt, prompt_slots) in enumerate(prompts):
-        tokens[row, pad[row] : first], slots[row, pad[row] : first] = torch.tensor(prompt), torch.tensor(prompt_slots)
+    pad = torch.tensor([first - len(p) for p in prompts])
+    for row, prompt in enumerate(prompts):
+        tokens[row, pad[row] : first] = torch.tensor(prompt)
+    slots = torch.tensor([vocabulary.slot(token) for token in range(vocabulary.size)])[tokens]
     # Decision of each list token: the last one made at or before it.
     made_at = torch.where(lists.level >= 0, lists.item * places + lists.level, length)
     list_run = (made_at.unsqueeze(-1) <= torch.arange(length - first)).sum(1) - 1
@@ -101,9 +101,7 @@ def _batch(lists: WrittenLists, model: PreTrainedModel, vocabulary: Vocabulary, 
     )
     features = torch.cat([output.hidden_states[layer + 1] for layer in layers], dim=-1).nan_to_num().half()
     assert decisions == asked.shape[1], (decisions, asked.shape)
-    return DraftBatch(
-        tokens, slots, partner, run, asked, lists.level, lists.log_probs, first, positions, features
-    )
+    return DraftBatch(tokens, slots, partner, run, asked, lists.level, lists.log_probs, first, positions, features)
 
 
 def unrolled_outputs(network: DraftNetwork, embedding: Tensor, batch: DraftBatch, steps: int) -> list[Tensor]:

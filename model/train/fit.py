@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 Batch = TypeVar("Batch")
@@ -87,9 +88,7 @@ def fit(
 class _State:
     """Weights, optimiser moments and losses, written after each epoch."""
 
-    def __init__(
-        self, folder: Path, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def __init__(self, folder: Path, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self.folder, self.trained, self.optimizer = folder, trained, optimizer
         self.losses: list[float] = []
 
@@ -107,21 +106,24 @@ class _State:
             for name, p in self.trained.items()
             for key, value in self.optimizer.state[p].items()
         }
-        save_file(weights | moments, self.folder / "state.tmp")
+        # One file holds everything and appears at once: a kill between two files would train an epoch twice.
+        losses = json.dumps(self.losses)
+        save_file(weights | moments, self.folder / "state.tmp", metadata={"losses": losses})
         (self.folder / "state.tmp").replace(self.folder / "state.safetensors")
-        (self.folder / "losses.json").write_text(json.dumps(self.losses))
+        (self.folder / "losses.json").write_text(losses)
 
     def resume(self) -> None:
-        if not (self.folder / "losses.json").exists():
+        path = self.folder / "state.safetensors"
+        if not path.exists():
             return
-        self.losses = json.loads((self.folder / "losses.json").read_text())
-        tensors = load_file(self.folder / "state.safetensors")
+        with safe_open(path, "pt") as file:
+            losses = (file.metadata() or {}).get("losses")
+        self.losses = json.loads(losses or (self.folder / "losses.json").read_text())
+        tensors = load_file(path)
         for name, p in self.trained.items():
             p.data.copy_(tensors[name])
             state: dict[str, Any] = self.optimizer.state[p]
-            state.update(
-                {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
-            )
+            state.update({k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name})
 
     def restore_best(self) -> None:
         best = load_file(self.folder / "best.safetensors")

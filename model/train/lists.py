@@ -76,9 +76,8 @@ def write_lists(
     size = target.vocabulary.max_codebook_size
 
     def record(rows: Sequence[int], nodes: Tensor, choice: Choice) -> None:
-        log_probs = torch.log_softmax(choice.logits[:, 0], dim=-1)
         dense = torch.full((len(nodes), size), float("-inf"))
-        dense.scatter_reduce_(1, choice.children.codes[:, 0], log_probs, "amax")
+        dense.scatter_reduce_(1, trie.code[choice.children.nodes[:, 0]], choice.log_probs[:, 0], "amax")
         for place, index in enumerate(rows):
             row = decoder.rows.held[index]
             if row is not None:

@@ -1,7 +1,7 @@
 """`padrec train RECIPE`: the stages of one training run, in order, each in its own folder under runs/<name>/.
 
 A stage whose folder holds `done.json` is not run again; a stage that was interrupted resumes. Stages talk through
-these folders only: tokenizer -> target -> lists -> draft, draft-plain -> evaluate -> bundle.
+these folders only: tokenizer -> target -> rankings -> finetune -> lists -> draft, draft-plain -> evaluate -> bundle.
 """
 
 import argparse
@@ -40,13 +40,14 @@ from model.train.draft import draft_batches, new_draft, train_draft
 from model.train.evaluate import quality
 from model.train.lists import WrittenLists, training_requests, write_lists
 from model.train.model_card import model_card
+from model.train.ranking import finetune, sampled_histories, write_rankings
 from model.train.target import train_target
 
 DRAFTS: dict[str, tuple[bool, StepMode]] = {"draft": (True, "gated"), "draft-plain": (False, "none")}
 console = Console(stderr=True)
 
 
-class GateFailed(Exception):
+class GateError(Exception):
     """The trained bundle is not good enough to be written; the message says which gate failed."""
 
 
@@ -75,9 +76,11 @@ class Run:
         return result
 
     def all_stages(self, bundle: Path) -> None:
-        """Everything, in order. Raises GateFailed when the result should not be served."""
+        """Everything, in order. Raises GateError when the result should not be served."""
         self.stage("tokenizer", self.run_tokenizer)
         self.stage("target", self.run_target)
+        self.stage("rankings", self.run_rankings)
+        self.stage("finetune", self.run_finetune)
         self.stage("lists", self.run_lists)
         for name in DRAFTS:
             self.stage(name, lambda folder, name=name: self.run_draft(folder, name))  # type: ignore[misc]
@@ -103,11 +106,17 @@ class Run:
     def trie(self) -> ItemTrie:
         return ItemTrie(np.array([item.codes for item in self.catalog.items]), self.vocabulary)
 
+    def checkpoint(self, stage: str) -> PreTrainedModel:
+        folder = self.folder / stage / "checkpoint"
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.eval()  # type: ignore[no-untyped-call]
+        return model
+
     @cached_property
     def model(self) -> PreTrainedModel:
-        folder = self.folder / "target" / "checkpoint"
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model.eval().requires_grad_(False)
+        model = self.checkpoint("finetune")
+        model.requires_grad_(False)
+        return model
 
     @cached_property
     def target(self) -> Target:
@@ -122,6 +131,29 @@ class Run:
 
     def run_target(self, folder: Path) -> dict[str, Any]:
         model, result = train_target(self.split, self.codes, self.vocabulary, self.recipe.target, folder)
+        model.save_pretrained(folder / "checkpoint")
+        return {"validation": result.validation, "best_epoch": result.best_epoch}
+
+    def run_rankings(self, folder: Path) -> dict[str, Any]:
+        config, target = self.recipe.finetune, Target(self.checkpoint("target"), self.vocabulary)
+        counts = {}
+        for name, users in (("train", self.split.train), ("validation", self.split.validation)):
+            histories = sampled_histories(
+                users,
+                self.codes,
+                config.lists_per_user,
+                self.recipe.target.max_history_items,
+                config.item_dropout,
+                config.seed,
+            )
+            bar = iter(track(histories, f"rankings {name}", console=console))
+            path = folder / f"{name}.safetensors"
+            counts[name] = write_rankings(target, self.trie, histories, config, path, tick=lambda b=bar: next(b, None))  # type: ignore[misc]
+        return counts
+
+    def run_finetune(self, folder: Path) -> dict[str, Any]:
+        model = self.checkpoint("target")
+        result = finetune(model, folder, self.folder / "rankings", self.vocabulary, self.recipe.finetune)
         model.save_pretrained(folder / "checkpoint")
         return {"validation": result.validation, "best_epoch": result.best_epoch}
 
@@ -208,7 +240,7 @@ class Run:
         k = self.recipe.evaluate.list_items
         decoder = ListDecoder(
             self.target,
-            Draft(network, self.target.embedding),
+            Draft(network, self.target.embedding, self.vocabulary),
             self.trie,
             self.catalog,
             num_rows=batch,
@@ -216,21 +248,19 @@ class Run:
             max_k=k,
             budget=lambda rows: Budget(steps),
         )
-        requests = [
-            ListRequest(str(n), tuple(self.codes[i] for i in case.history), k) for n, case in enumerate(asked)
-        ]
+        requests = [ListRequest(str(n), tuple(self.codes[i] for i in case.history), k) for n, case in enumerate(asked)]
         return decode_all(decoder, requests)
 
     def write_bundle(self, bundle: Path, report: dict[str, Any]) -> None:
         """Put what serving needs into one folder, replacing what was there."""
         building = bundle.with_name(bundle.name + ".tmp")
         shutil.rmtree(building, ignore_errors=True)
-        shutil.copytree(self.folder / "target" / "checkpoint", building / "target")
+        shutil.copytree(self.folder / "finetune" / "checkpoint", building / "target")
         (building / "target" / "generation_config.json").unlink(missing_ok=True)
         for name in DRAFTS:
             shutil.copytree(self.folder / name / "network", building / name)
         shutil.copy(self.folder / "tokenizer" / "catalog.jsonl", building / "catalog.jsonl")
-        stages = ("tokenizer", "target", "lists", *DRAFTS, "evaluate")
+        stages = ("tokenizer", "target", "rankings", "finetune", "lists", *DRAFTS, "evaluate")
         seconds = {s: json.loads((self.folder / s / "done.json").read_text())["seconds"] for s in stages}
         full = {"name": self.recipe.name, "recipe": self.recipe.as_dict(), "stage_seconds": seconds} | report
         (building / "report.json").write_text(json.dumps(full, indent=1) + "\n")
@@ -242,15 +272,15 @@ class Run:
 
 
 def check_gates(recipe: Recipe, report: dict[str, Any]) -> None:
-    """Raises GateFailed when the target does not beat every baseline, or the draft accepts too little."""
+    """Raises GateError when the target does not beat every baseline, or the draft accepts too little."""
     gates, rows = recipe.evaluate, report["quality"]
     if gates.require_beats_baselines:
         for name, row in rows.items():
             worse = [m for m, value in rows["target"].items() if name != "target" and value <= row[m]]
             if worse:
-                raise GateFailed(f"quality gate: {name} is at least as good as the target in {worse[0]}")
+                raise GateError(f"quality gate: {name} is at least as good as the target in {worse[0]}")
     if report["draft"]["acceptance_length"] < gates.min_acceptance_length:
-        raise GateFailed(f"draft gate: acceptance length {report['draft']['acceptance_length']} is too low")
+        raise GateError(f"draft gate: acceptance length {report['draft']['acceptance_length']} is too low")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -270,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecipeError, DataError, ValueError) as exc:
         print(f"padrec train: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 2
-    except GateFailed as exc:
+    except GateError as exc:
         print(f"padrec train: {exc}", file=sys.stderr)  # noqa: T201
         return 3
     return 0

@@ -38,7 +38,7 @@ def new_target(config: TargetConfig, vocabulary: Vocabulary) -> PreTrainedModel:
         bos_token_id=None,
         eos_token_id=None,
     )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(shape)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(shape)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -49,9 +49,7 @@ def train_target(
     model = new_target(config, vocabulary)
 
     def as_batches(windows: Sequence[Sequence[str]]) -> list[TokenBatch]:
-        return list(
-            token_batches(windows, codes, vocabulary, config.batch_size, config.soon_items, config.soon_decay)
-        )
+        return list(token_batches(windows, codes, vocabulary, config.batch_size, config.soon_items, config.soon_decay))
 
     def batches(epoch: int) -> list[TokenBatch]:
         rng = random.Random(config.seed * 1000 + epoch)
@@ -64,10 +62,17 @@ def train_target(
         return sum(token_loss(model, b).item() * n for b, n in zip(validation, counts, strict=True)) / sum(counts)
 
     result = fit(
-        model, batches, lambda b: token_loss(model, b), validate, config, folder, label="target",
+        model,
+        batches,
+        lambda b: token_loss(model, b),
+        validate,
+        config,
+        folder,
+        label="target",
         patience=config.patience,
     )
-    return model.eval(), result
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, result
 
 
 def token_loss(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:

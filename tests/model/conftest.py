@@ -34,7 +34,7 @@ class Tiny:
         torch.manual_seed(seed)
         slots = self.target.vocabulary.num_slots
         shape = DraftShape(32, 4, 48, slots, 4, (0, 1, 2), item, "gated" if item else "none")
-        return Draft(DraftNetwork(shape), self.target.embedding)
+        return Draft(DraftNetwork(shape), self.target.embedding, self.target.vocabulary)
 
     def twin(self, request: ListRequest) -> ListResult:
         """The right answer, filters applied by looking at every item."""

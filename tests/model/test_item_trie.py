@@ -55,9 +55,10 @@ def test_legal_children_are_what_a_search_through_all_items_finds(drawn: Drawn, 
     on_path = torch.tensor([[[*path, *[trie.num_items] * (3 - len(path))]]])
     children = trie.children(torch.tensor([[node_of(trie, prefix)]]), may, on_path)
     legal = children.available[0, 0] > 0
-    assert children.codes[0, 0][legal].tolist() == legal_codes_by_search(codes, prefix, gone)
+    codes_of_children = trie.code[children.nodes[0, 0][legal]]
+    assert codes_of_children.tolist() == legal_codes_by_search(codes, prefix, gone)
     assert int(children.available.sum()) == sum(c[: len(prefix)] == prefix and c not in gone for c in codes)
-    for code, node in zip(children.codes[0, 0][legal], children.nodes[0, 0][legal], strict=True):
+    for code, node in zip(codes_of_children, children.nodes[0, 0][legal], strict=True):
         assert int(node) == node_of(trie, (*prefix, int(code)))
 
 
@@ -78,7 +79,6 @@ def test_a_run_goes_on_exactly_as_long_as_there_is_no_choice(drawn: Drawn, rng: 
     complete = len(prefix) == len(SIZES)
     run = trie.run(torch.tensor([[node_of(trie, item[:depth])]]))
     assert run.tokens[0, 0, : int(run.length)].tolist() == [*tokens, *[trie.vocabulary.separator] * complete]
-    assert run.slots[0, 0, : int(run.length)].tolist() == list(range(depth - 1, depth - 1 + int(run.length)))
     assert int(run.node) == (ROOT if complete else node_of(trie, prefix))
     assert int(run.leaf) == (trie.leaf(prefix) if complete else trie.num_items)
 

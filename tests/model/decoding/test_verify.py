@@ -11,7 +11,7 @@ def tree(parent: list[int], choice: list[int], length: list[int]) -> DraftTree:
 
     none = torch.empty(0)
     return DraftTree(
-        none, none, row(length), none, none, row(parent), row(choice), none, none, none, Children(none, none, none)
+        none, row(length), none, none, row(parent), row(choice), none, none, none, Children(none, none)
     )
 
 

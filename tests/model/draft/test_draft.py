@@ -10,7 +10,9 @@ from model.decoding import draft_tree
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.request import ListRequest
+from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
+from model.item_trie import Children, ItemTrie
 from model.train.draft import DraftBatch, _batch, unrolled_outputs
 from model.train.lists import write_lists
 from model.config import ListsConfig
@@ -41,7 +43,7 @@ def test_training_sees_what_serving_sees(tiny: Tiny, model: object, monkeypatch:
     """Serve with a draft that is made to guess right; then every round's outputs must be those of the unrolled
     training pass for the same decisions at the same steps."""
     target = Target(model, tiny.target.vocabulary)
-    draft = tiny.draft()
+    draft = Draft(tiny.draft().network, target.embedding, target.vocabulary)
     request = ListRequest("r", tuple(tiny.codes[:5]), 4)
     lists = write_lists(target, tiny.trie, tiny.catalog, [request], ListsConfig(1, 4, 1), 6)
     truth = lists.log_probs[0].float().argmax(-1).tolist()
@@ -52,21 +54,17 @@ def test_training_sees_what_serving_sees(tiny: Tiny, model: object, monkeypatch:
         parent, choice, score, valid = best(logits, score, wanted, width)
         place = decided[0] + len(served[-1]) - 1
         if place < len(truth):
-            node = nodes[-1]
-            first, last = int(tiny.trie.first_child[node]), int(tiny.trie.first_child[node + 1])
-            codes = tiny.trie.code[first:last].tolist()
+            codes = tiny.trie.code[first[-1] :].tolist()
             choice = torch.full_like(choice, codes.index(truth[place]))
         return parent, choice, score, valid
 
-    def seen(target: Target, trie: object, hidden: Tensor, node: Tensor, children: object) -> Tensor:
-        if recording[0]:
-            served[-1].append(hidden[0, 0].clone())
-            nodes.append(int(node[0, 0]))
-        return logits_of(target, trie, hidden, node, children)  # type: ignore[arg-type]
+    def seen(target: Target, trie: ItemTrie, hidden: Tensor, children: Children) -> Tensor:
+        served[-1].append(hidden[0, 0].clone())
+        first.append(int(children.nodes[0, 0, 0]))
+        return logits_of(target, trie, hidden, children)
 
     best, logits_of = draft_tree._best, draft_tree.legal_logits
-    nodes: list[int] = []
-    recording = [True]
+    first: list[int] = []
     monkeypatch.setattr(draft_tree, "_best", guess)
     monkeypatch.setattr(draft_tree, "legal_logits", seen)
     decoder = ListDecoder(
@@ -82,7 +80,7 @@ def test_training_sees_what_serving_sees(tiny: Tiny, model: object, monkeypatch:
         decided[0] += 1 + stats.accepted_tokens
     batch: DraftBatch = _batch(lists, model, tiny.target.vocabulary, draft.feature_layers)  # type: ignore[arg-type]
     with torch.no_grad():
-        trained = unrolled_outputs(draft.network, draft.embedding, batch, 3)
+        trained = unrolled_outputs(draft.network, target.embedding, batch, 3)
     compared = 0
     for start, outputs in zip(starts, served, strict=True):
         for step, output in enumerate(outputs):

@@ -1,0 +1,171 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.bundle import load_bundle
+from model.config import EvaluateConfig, Recipe, load_recipe
+from model.data.histories import cases, histories
+from model.data.movielens import read_movielens
+from model.train.run import GateError, Run, check_gates, main
+
+ROOT = Path(__file__).parents[3]
+STAGES = ("tokenizer", "target", "lists", "draft", "draft-plain", "evaluate")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes name their data relative to it."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def copied(debug_run: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A finished run that a test may spoil."""
+    shutil.copytree(debug_run[0], tmp_path / "runs" / "debug")
+    return tmp_path / "runs" / "debug"
+
+
+def debug_recipe() -> Recipe:
+    return load_recipe(Path("model/recipes/debug.toml"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_stage_says_that_it_is_done_and_the_bundle_can_be_served(debug_run: tuple[Path, Path]) -> None:
+    folder, bundle = debug_run
+    for name in STAGES:
+        assert json.loads((folder / name / "done.json").read_text())["seconds"] >= 0
+    loaded = load_bundle(bundle)
+    assert loaded.info.name == "debug"
+    assert loaded.draft is not None
+    assert loaded.plain_draft is not None
+    assert json.loads((folder / "recipe.json").read_text())["name"] == "debug"
+    assert not bundle.with_name("debug.tmp").exists()
+
+
+def test_a_stage_that_is_done_is_not_run_again(copied: Path) -> None:
+    run = Run(debug_recipe(), copied)
+    report = json.loads((copied / "target" / "done.json").read_text())
+
+    def work(folder: Path) -> dict[str, Any]:
+        raise AssertionError(f"{folder.name} was run again")
+
+    for name in STAGES:
+        run.stage(name, work)
+    assert run.stage("target", work) == report
+
+
+def test_a_stage_that_failed_is_run_again_with_what_it_left(tmp_path: Path) -> None:
+    run = Run(debug_recipe(), tmp_path / "new")
+
+    def fail(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_text("done")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run.stage("target", fail)
+    assert run.stage("target", lambda folder: {"found": (folder / "half").read_text()})["found"] == "done"
+
+
+def test_a_second_run_writes_the_same_bundle_without_training(copied: Path, debug_run: tuple[Path, Path]) -> None:
+    before = contents(copied)
+    bundles = copied.parent.parent / "bundles"
+    (bundles / "debug").mkdir(parents=True)
+    (bundles / "debug" / "stale.json").write_text("{}")
+    assert main(["model/recipes/debug.toml", "--runs", str(copied.parent), "--bundles", str(bundles)]) == 0
+    assert contents(copied) == before
+    assert contents(bundles / "debug") == contents(debug_run[1])
+
+
+def test_held_out_users_are_in_no_stage_but_the_last(debug_run: tuple[Path, Path]) -> None:
+    folder, _ = debug_run
+    recipe = debug_recipe()
+    run = Run(recipe, folder)
+    report = json.loads((folder / "evaluate" / "done.json").read_text())
+    held_out = set(report["held_out_users"])
+    assert held_out == {u.user_id for u in run.split.test}
+    assert not held_out & {u.user_id for u in (*run.split.train, *run.split.validation)}
+    seen = sum(len(u.item_ids) for u in run.split.train)
+    assert sum(item.popularity for item in run.catalog.items) == seen
+    assert report["cases"] == len(cases(run.split.test, recipe.data))
+
+
+def test_the_catalog_holds_every_item_of_the_logs(debug_run: tuple[Path, Path]) -> None:
+    logs = read_movielens(Path(".data/ml-100k"))
+    watched = {i for h in histories(logs) for i in h.item_ids}
+    assert watched <= {item.item_id for item in load_bundle(debug_run[1]).catalog.items}
+
+
+def test_the_report_compares_the_target_with_every_baseline_and_both_drafts(debug_run: tuple[Path, Path]) -> None:
+    report = load_bundle(debug_run[1]).info.report
+    assert set(report["quality"]) == {"target", "popularity", "item-knn", "markov"}
+    assert all(0 <= v <= 1 for row in report["quality"].values() for v in row.values())
+    assert report["quality"]["popularity"]["future_recall@5"] > 0
+    for name in ("draft", "draft-plain"):
+        assert report[name]["acceptance_length"] >= 1.0
+        assert len(report[name]["survival"]) >= 1
+        assert report[name]["survival"] == sorted(report[name]["survival"], reverse=True)
+        expected = 1 + sum(report[name]["survival"])
+        assert report[name]["acceptance_length"] == pytest.approx(expected, abs=0.01)
+    assert set(report["stage_seconds"]) == set(STAGES)
+    assert report["recipe"]["target"]["num_layers"] == 3
+    assert (debug_run[1] / "README.md").read_text().startswith("# debug\n")
+
+
+def gated(target: float, baseline: float, acceptance: float, **gates: Any) -> None:
+    recipe = replace(Recipe("x"), evaluate=EvaluateConfig(**gates))
+    quality = {"target": {"a@5": 0.5, "b@5": target}, "popularity": {"a@5": 0.1, "b@5": baseline}}
+    check_gates(recipe, {"quality": quality, "draft": {"acceptance_length": acceptance}})
+
+
+def test_the_gates_let_a_good_bundle_pass() -> None:
+    gated(0.3, 0.2, 1.5, min_acceptance_length=1.5)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.1])
+def test_a_target_no_better_than_a_baseline_in_one_metric_is_refused(target: float) -> None:
+    with pytest.raises(GateError, match=r"popularity.*b@5"):
+        gated(target, 0.2, 2.0)
+    gated(target, 0.2, 2.0, require_beats_baselines=False)
+
+
+def test_a_draft_that_accepts_too_little_is_refused() -> None:
+    with pytest.raises(GateError, match=r"acceptance length 1\.49"):
+        gated(0.3, 0.2, 1.49, min_acceptance_length=1.5)
+
+
+def test_a_failed_gate_writes_no_bundle_and_exits_3(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    strict = Path("model/recipes/debug.toml").read_text() + "min_acceptance_length = 9.0\n"
+    recipe.write_text(strict)
+    bundles = tmp_path / "bundles"
+    assert main([str(recipe), "--runs", str(copied.parent), "--bundles", str(bundles)]) == 3
+    assert "acceptance length" in capsys.readouterr().err
+    assert list(bundles.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('name = "x"\n[target]\nlayers = 3\n', "'layers'"),
+        ('name = "x"\n[data]\nfolder = "nowhere"\n', "make data"),
+        ('name = "x"\n[data]\nheld_out_users = 900\n', "data.held_out_users"),
+    ],
+)
+def test_a_bad_recipe_or_missing_data_exits_2_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, named: str
+) -> None:
+    (tmp_path / "recipe.toml").write_text(text)
+    options = ["--runs", str(tmp_path / "runs"), "--bundles", str(tmp_path / "bundles")]
+    assert main([str(tmp_path / "recipe.toml"), *options]) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
