@@ -46,7 +46,7 @@ test: install-dev data ## install what is missing and run all tests
 	$(BIN)/python -m pytest -q
 
 test-gpu: ## tests that need a CUDA device; plain python3 with torch, transformers, safetensors, numpy, pytest
-	$(PYTHON) -m pytest -q -m gpu -o addopts="--import-mode=importlib" -o filterwarnings= -o asyncio_mode= -o timeout= -p no:cacheprovider tests/gpu
+	$(PYTHON) -m pytest -q -c tests/gpu/pytest.ini --rootdir tests/gpu -p no:cacheprovider tests/gpu
 
 bench: install data ## speculative against plain decoding on the held-out users
 	$(BIN)/padrec bench decode --bundle $(BUNDLE)

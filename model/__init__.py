@@ -1,1 +1,4 @@
-"""The tensors: semantic IDs, item trie, target, draft, decoding and training. Knows nothing of sockets or of `service`."""
+"""The tensors: semantic IDs, item trie, target, draft, decoding and training.
+
+Knows nothing of sockets or of `service`.
+"""

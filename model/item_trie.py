@@ -138,7 +138,10 @@ def _node_tables(codes: npt.NDArray[np.int64], changed: npt.NDArray[np.bool_]) -
     num_items, num_levels = codes.shape
     starts = [np.flatnonzero(changed[:, d]) for d in range(num_levels + 1)]
     offsets = np.cumsum([0] + [len(s) + 1 for s in starts])
-    leaf_start, first_child, code, depth = [], [], [], []
+    leaf_start: list[npt.ArrayLike] = []
+    first_child: list[npt.ArrayLike] = []
+    code: list[npt.ArrayLike] = []
+    depth: list[npt.ArrayLike] = []
     for d, start in enumerate(starts):
         leaf_start += [start, [num_items]]
         code += [codes[start, d - 1] if d else [0], [0]]

@@ -64,7 +64,10 @@ class Target:
             self.embedding = body.embed_tokens.weight.detach()
             self.norm_scale = (body.norm.weight.detach().float() * self.norm.scale).to(self.dtype)
             tokens = torch.cat(
-                [torch.arange(o, o + n) for o, n in zip(vocabulary.level_offsets, vocabulary.codebook_sizes, strict=True)]
+                [
+                    torch.arange(o, o + n)
+                    for o, n in zip(vocabulary.level_offsets, vocabulary.codebook_sizes, strict=True)
+                ]
             )
             self.head = PackedLinear(model.lm_head.weight[tokens.to(device)])
             self._rotary = body.rotary_emb
@@ -79,11 +82,19 @@ class Target:
     ) -> "Target":
         """Read a checkpoint directory (safetensors only, no code is executed). Raises CheckpointError."""
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError) as exc:
             raise CheckpointError(f"{folder.name}: {exc}") from exc
+        model, loading = loaded
+        if loading["missing_keys"]:  # `transformers` would serve random weights for them
+            raise CheckpointError(f"{folder.name}: the checkpoint lacks {sorted(loading['missing_keys'])[0]}")
         return cls(model, vocabulary, device)
 
     def new_cache(self, num_rows: int, num_positions: int) -> KVCache:

@@ -40,7 +40,10 @@ def measured_budget(
     it is idle again afterwards, and its budget is the one returned."""
     num_rows = len(decoder.rows.held)
     loads = [load for load in LOADS if load < num_rows] + [num_rows]
-    candidates = [c for c in CANDIDATES if c.steps <= min(len(survival), decoder.max_steps) and decoder.draft or not c.steps]
+    possible = [c for c in CANDIDATES if c.steps <= (min(len(survival), decoder.max_steps) if decoder.draft else 0)]
+    gains = [expected_decisions(c, survival) for c in possible]
+    # A longer budget that gains nothing is not worth timing: noise could make it look cheaper.
+    candidates = [c for i, c in enumerate(possible) if all(gains[i] > g for g in gains[:i])]
     chosen = {}
     for load in loads:
         batch = [requests[i % len(requests)] for i in range(load)]

@@ -50,10 +50,10 @@ class DraftTree(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Runs side by side without gaps: `index` [B, n] into the G*Q padded tokens, `valid` [B, n], `end` [B, G] packed
-    place of each group's last token, `total` [B]."""
+    """Runs side by side without gaps: `source` [B, n] places among the G*Q padded tokens, `valid` [B, n], `end` [B, G]
+    packed place of each group's last token, `total` [B]."""
 
-    index: Tensor
+    source: Tensor
     valid: Tensor
     end: Tensor
     total: Tensor
@@ -143,9 +143,9 @@ def grow(
         own = sees[:, 1 + step * width : 1 + step * width + width]
         own |= sees.gather(1, above.unsqueeze(-1).expand(-1, -1, sees.shape[-1]))
         grown.append((run.tokens, length, leaf, run.node, above, choice, slot, start))
-        path = torch.cat([_pick(path, parent), leaf.unsqueeze(-1)], dim=-1)
+        path = torch.cat([pick(path, parent), leaf.unsqueeze(-1)], dim=-1)
         remaining = torch.where(valid, remaining.gather(1, parent) - (leaf < trie.num_items).long(), 0)
-        feature, node, position = _pick(feature, parent), run.node, start + length
+        feature, node, position = pick(feature, parent), run.node, start + length
         present.append(order < length.unsqueeze(-1))
         if step + 1 < steps:
             assert draft is not None and cache is not None, "drafting needs a draft"
@@ -157,7 +157,10 @@ def grow(
         none = torch.empty(rows, 0, dtype=torch.int64, device=device)
         tokens = none.unsqueeze(-1).expand(rows, 0, places)
         return DraftTree(tokens, none, none, none, none, none, none, none, sees, children)
-    return DraftTree(*(torch.cat(parts, dim=1) for parts in zip(*grown, strict=True)), sees, children)
+    tokens, length, leaf, node, above, choice, slot, start = (
+        torch.cat(parts, dim=1) for parts in zip(*grown, strict=True)
+    )
+    return DraftTree(tokens, length, leaf, node, above, choice, slot, start, sees, children)
 
 
 def _best(logits: Tensor, score: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,7 +188,7 @@ def _draft_step(
 ) -> Tensor:
     """Output features [B, W, d] after the runs of one step. All tokens of a run share the feature that chose it; the
     last one asks. `seen` [B, W, x] says which of the x guessed tokens so far (this step's included) each node sees."""
-    rows, width, places = run.tokens.shape
+    _, width, places = run.tokens.shape
     order = torch.arange(places, device=length.device)
     positions = start.unsqueeze(-1) + order
     extra = width * places
@@ -194,11 +197,11 @@ def _draft_step(
     at = write_at(stored)
     z, query = draft.read(run.tokens.flatten(1), features, positions.flatten(1), step + 1, cache, at)
     last = (length - 1).clamp(min=0) + torch.arange(0, extra, places, device=length.device)
-    query = _pick(query.flatten(2), last).unflatten(2, query.shape[2:])
+    query = pick(query.flatten(2), last).unflatten(2, query.shape[2:])
     reach = int(committed.max()) + (step + 1) * extra if not length.is_cuda else cache.num_positions
-    return draft.predict(_pick(z, last), query, attention_mask(committed, seen, reach), cache, reach)
+    return draft.predict(pick(z, last), query, attention_mask(committed, seen, reach), cache, reach)
 
 
-def _pick(values: Tensor, parent: Tensor) -> Tensor:
-    """values [B, W', x] of the parents [B, W]."""
-    return values.gather(1, parent.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+def pick(values: Tensor, places: Tensor) -> Tensor:
+    """values [B, x, y] at places [B, z]: [B, z, y]."""
+    return values.gather(1, places.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -24,6 +24,7 @@ from model.decoding.draft_tree import (
     grow,
     legal_logits,
     pack,
+    pick,
     write_at,
 )
 from model.decoding.filters import FilterTable
@@ -46,10 +47,11 @@ class Budget(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The target's best legal child at every group: `index` [B, G] among the children, `node` [B, G] stepped into,
-    `score` [B, G] its log-probability in nats, `log_probs` [B, G, C] of all (-inf where not legal), and the `children`."""
+    """The target's best legal child at every group: `best` [B, G] among the children, `node` [B, G] stepped into,
+    `score` [B, G] its log-probability in nats, `log_probs` [B, G, C] of all children (-inf: illegal), and the
+    `children`."""
 
-    index: Tensor
+    best: Tensor
     node: Tensor
     score: Tensor
     log_probs: Tensor
@@ -150,9 +152,9 @@ class ListDecoder:
             # A token's partner is the feature before it; the first token has none.
             before = torch.cat([torch.zeros_like(fused[:, :1]), fused[:, :-1]], dim=1)
             self.draft.read(tokens, before, positions, 0, self.draft_cache, at)
-            feature = _at(fused, last)
+            feature = pick(fused, last)
         root = torch.zeros_like(last)
-        choice = self._choose(_at(output.hidden, last), self.trie.children(root, self.rows.may(rows)))
+        choice = self._choose(pick(output.hidden, last), self.trie.children(root, self.rows.may(rows)))
         if self.record:
             self.record(indices, root[:, 0], choice)
         run = self._step_into(root, choice.node)
@@ -176,7 +178,7 @@ class ListDecoder:
         hidden, feature = self._verify(count, tree, packing, budget)
         nodes = torch.cat([self.rows.node[:count, None], tree.node], dim=1)
         choice = self._choose(hidden, tree.children)
-        verdict = accept_greedy(tree, choice.index, budget.steps, budget.width)
+        verdict = accept_greedy(tree, choice.best, budget.steps, budget.width)
         if self.record and not budget.steps:
             self.record(range(count), nodes[:, 0], choice)
         gain = self._gain(tree, nodes, choice, verdict, feature)
@@ -204,37 +206,35 @@ class ListDecoder:
         root = Root(rows.fresh_feature[:count, 0], rows.node[:count], position, rows.draftable[:count])
         if budget.steps and self.draft and self.draft_cache:
             root = root._replace(feature=self._read_fresh(count, position))
-        return grow(
-            self.draft, self.target, self.trie, rows.may(slice(count)), self.draft_cache, root, *budget
-        )
+        return grow(self.draft, self.target, self.trie, rows.may(slice(count)), self.draft_cache, root, *budget)
 
     def _read_fresh(self, count: int, position: Tensor) -> Tensor:
         """Draft step 0: read the runs gained since the last draft, with the target's features; [B, d] at the last."""
         assert self.draft and self.draft_cache
         rows = self.rows
         packing = pack(rows.fresh_length[:count], self.places)
-        tokens = rows.fresh_tokens[:count].flatten(1).gather(1, packing.index)
-        feature = _at(rows.fresh_feature[:count], packing.index // self.places)
-        order = torch.arange(packing.index.shape[1], device=position.device)
+        tokens = rows.fresh_tokens[:count].flatten(1).gather(1, packing.source)
+        feature = pick(rows.fresh_feature[:count], packing.source // self.places)
+        order = torch.arange(packing.source.shape[1], device=position.device)
         stored = (position - packing.total)[:, None] + order
         z, query = self.draft.read(tokens, feature, stored, 0, self.draft_cache, write_at(stored))
         last = (packing.total - 1).clamp(min=0)[:, None]
-        query = _at(query.flatten(2), last).unflatten(2, query.shape[2:])
+        query = pick(query.flatten(2), last).unflatten(2, query.shape[2:])
         reach = self.draft_cache.num_positions if position.is_cuda else int(position.max())
         nothing = torch.zeros(count, 1, 0, dtype=torch.bool, device=position.device)
         mask = attention_mask(position, nothing, reach)
-        return self.draft.predict(_at(z, last), query, mask, self.draft_cache, reach)[:, 0]
+        return self.draft.predict(pick(z, last), query, mask, self.draft_cache, reach)[:, 0]
 
     def _verify(self, count: int, tree: DraftTree, packing: Packing, budget: Budget) -> tuple[Tensor, Tensor | None]:
         """The target's pass over pending run and tree: hidden states and fused features [B, G, d] at group ends."""
         rows, base = self.rows, self.rows.base[:count]
-        tokens = torch.cat([rows.pending_tokens[:count], tree.tokens], dim=1).flatten(1).gather(1, packing.index)
-        group, place = packing.index // self.places, packing.index % self.places
+        tokens = torch.cat([rows.pending_tokens[:count], tree.tokens], dim=1).flatten(1).gather(1, packing.source)
+        group, place = packing.source // self.places, packing.source % self.places
         positions = torch.cat([base[:, None], tree.start], dim=1).gather(1, group) + place
-        width = packing.index.shape[1]
+        width = packing.source.shape[1]
         own = torch.ones(width, width, dtype=torch.bool, device=base.device).tril().expand(count, -1, -1)
         if budget.width > 1:
-            sees = _at(tree.sees, group).gather(2, group.unsqueeze(1).expand(-1, width, -1))
+            sees = pick(tree.sees, group).gather(2, group.unsqueeze(1).expand(-1, width, -1))
             own = own & sees
         stored = base[:, None] + torch.arange(width, device=base.device)
         reach = self.cache.num_positions if base.is_cuda else int(base.max()) + width
@@ -242,9 +242,9 @@ class ListDecoder:
         layers = self.draft.feature_layers if self.draft else ()
         output = self.target(tokens, positions, self.cache, write_at(stored), mask, reach, layers)
         if self.draft is None:
-            return _at(output.hidden, packing.end), None
-        feature = self.draft.fuse_features(tuple(_at(f, packing.end) for f in output.features))
-        return _at(output.hidden, packing.end), feature
+            return pick(output.hidden, packing.end), None
+        feature = self.draft.fuse_features(tuple(pick(f, packing.end) for f in output.features))
+        return pick(output.hidden, packing.end), feature
 
     def _choose(self, hidden: Tensor, children: Children) -> Choice:
         """Ties go to the lowest token: children ascend by code and `max` names the first. A token without an
@@ -281,10 +281,10 @@ class ListDecoder:
         length = torch.cat([tree.length, bonus.length], dim=1).gather(1, index) * kept
         leaf = torch.cat([tree.leaf, bonus.leaf], dim=1).gather(1, index)
         return Gain(
-            _at(torch.cat([tree.tokens, bonus.tokens], dim=1), index),
+            pick(torch.cat([tree.tokens, bonus.tokens], dim=1), index),
             length,
             torch.where(kept, leaf, self.trie.num_items),
-            None if feature is None else _at(feature, verdict.path),
+            None if feature is None else pick(feature, verdict.path),
             verdict.accepted,
             bonus.node[:, 0],
         )
@@ -296,7 +296,7 @@ class ListDecoder:
         base, pending = self.rows.base[:count], self.rows.pending_length[:count, 0]
         grown = pending + gain.length.sum(1) - gain.length.gather(1, gain.last[:, None])[:, 0]
         if budget.width > 1:  # a chain's accepted tokens are in place already
-            group = packing.index // self.places
+            group = packing.source // self.places
             on_path = (group.unsqueeze(-1) == verdict.path.unsqueeze(1)).any(-1) & packing.valid
             picked = (~on_path).long().argsort(dim=1, stable=True)
             self.cache.keep(base, picked if base.is_cuda else picked[:, : int(grown.max())])
@@ -348,11 +348,6 @@ class ListDecoder:
             drafted_by_slot=tuple(by_slot[0]),
             accepted_by_slot=tuple(by_slot[-1]) if budget.steps else (0,) * num_slots,
         )
-
-
-def _at(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, x, y] at places [B, z] -> [B, z, y]."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 def _rows_of(gain: Gain, indices: list[int]) -> Gain:

@@ -57,9 +57,9 @@ class Gain(NamedTuple):
 
 
 class Rows:
-    """Fixed rows. `base` [R]: tokens in the target's cache; `pending`: the run behind it, chosen but not yet read;
-    `fresh`: the runs the draft has not read, with the features they were chosen from; `node` [R]; `remaining` [R] items to go; `draftable` [R] items the draft
-    may guess at."""
+    """Fixed rows. Per row: `base` tokens in the target's cache, the `pending` run behind them (chosen, not yet read),
+    the `fresh` runs the draft has not read with the features they were chosen from, the trie `node` after the pending
+    run, `remaining` items to go, `draftable` items the draft may guess at, and what is `excluded`."""
 
     def __init__(
         self, num_rows: int, trie: ItemTrie, filters: FilterTable, max_history_items: int, max_gain: int, size: int

@@ -78,4 +78,5 @@ class Draft:
         x = self.output.add_to(z.reshape(-1, size), attended.transpose(1, 2).reshape(-1, size))
         gate, up = self.gate_up(self.norm(x)).chunk(2, -1)
         x = self.down.add_to(x, silu(gate) * up)
-        return (self.norm(x) * self.last_scale).view(rows, asking, size)
+        out: Tensor = self.norm(x) * self.last_scale
+        return out.view(rows, asking, size)

@@ -80,7 +80,8 @@ class DraftNetwork(nn.Module):
         return self.norm(x, 2)
 
     def norm(self, x: Tensor, index: int) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.epsilon) * self.norms[index]
+        scale: Tensor = self.norms[index]
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.epsilon) * scale
 
     def rotations(self, count: int) -> Tensor:
         """[count, 1, s/2] complex rotary factors."""

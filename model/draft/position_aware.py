@@ -35,7 +35,8 @@ class PositionAware(nn.Module):
         """e' from token embeddings [..., d] and slots [...]."""
         if self.item is None or self.alpha is None:
             return embedded
-        return embedded + self.alpha * self.item(slots)
+        shifted: Tensor = embedded + self.alpha * self.item(slots)
+        return shifted
 
     def with_step(self, fused: Tensor, step: int) -> Tensor:
         """z' from fused inputs [..., d]; steps past the last trained one use the last one's embedding."""
@@ -43,7 +44,8 @@ class PositionAware(nn.Module):
             return fused
         embedding = self.step.weight[min(step, self.num_steps - 1)]
         if self.gate is None:
-            return fused + embedding
+            out: Tensor = fused + embedding
+            return out
         # The gate's product splits into the context's half and the step's: no concatenation per token.
         context, own = self.gate.weight[0].chunk(2)
         gate = torch.sigmoid(fused @ context + (embedding @ own + self.gate.bias))

@@ -72,7 +72,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * rate
                 value = loss(batch)
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
                 torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -86,10 +86,10 @@ def most_likely_items(
         inputs = target.vocabulary.level_offsets[level] + trie.code.take(node)
         at, position = Write(row, stored), (length + level)[:, None].expand_as(node)
         hidden = target(inputs, position, cache, at, attention_mask(length, sees, reach), reach).hidden
-    leaves = trie.leaf_start.take(node)
+    best_first = zip(trie.leaf_start.take(node).tolist(), score.isfinite().tolist(), strict=True)
     return [
-        [tuple(trie.sorted_codes[leaf].tolist()) for leaf, s in zip(found, scores, strict=True) if s > float("-inf")][:k]
-        for found, scores in zip(leaves.tolist(), score.tolist(), strict=True)
+        [tuple(trie.sorted_codes[leaf].tolist()) for leaf, real in zip(found, legal, strict=True) if real][:k]
+        for found, legal in best_first
     ]
 
 

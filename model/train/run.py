@@ -9,7 +9,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from model.bundle import save_manifest
@@ -146,9 +147,9 @@ class Run:
                 config.item_dropout,
                 config.seed,
             )
-            bar = iter(track(histories, f"rankings {name}", console=console))
             path = folder / f"{name}.safetensors"
-            counts[name] = write_rankings(target, self.trie, histories, config, path, tick=lambda b=bar: next(b, None))  # type: ignore[misc]
+            with ticking(f"rankings {name}", len(histories)) as tick:
+                counts[name] = write_rankings(target, self.trie, histories, config, path, tick)
         return counts
 
     def run_finetune(self, folder: Path) -> dict[str, Any]:
@@ -162,16 +163,9 @@ class Run:
         counts = {}
         for name, users in (("train", self.split.train), ("validation", self.split.validation)):
             requests = training_requests(users, self.codes, recipe.lists, recipe.target.max_history_items, 7)
-            bar = iter(track(requests, f"lists {name}", console=console))
-            lists = write_lists(
-                self.target,
-                self.trie,
-                self.catalog,
-                requests,
-                recipe.lists,
-                recipe.target.max_history_items,
-                tick=lambda bar=bar: next(bar, None),  # type: ignore[misc]
-            )
+            limit = recipe.target.max_history_items
+            with ticking(f"lists {name}", len(requests)) as tick:
+                lists = write_lists(self.target, self.trie, self.catalog, requests, recipe.lists, limit, tick)
             lists.save(folder / f"{name}.safetensors")
             counts[name] = len(lists.items)
         return counts
@@ -269,6 +263,14 @@ class Run:
         shutil.rmtree(bundle, ignore_errors=True)
         building.rename(bundle)
         console.print(f"[bold]bundle[/] written to {bundle}")
+
+
+@contextmanager
+def ticking(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar with the time left; the call given moves it on by one."""
+    with Progress(console=console) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda: progress.advance(task)
 
 
 def check_gates(recipe: Recipe, report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Scheduler: who waits, who runs next, who is too late. Knows tickets and times; nothing of tensors, threads or sockets.
+"""Scheduler: who waits, who runs next, who is too late. Knows tickets and times; no tensors, threads or sockets.
 
 First come, first served; a ticket whose deadline has passed never reaches a row. Tickets that were in a round which
 failed run alone, so that only the one at fault fails.

@@ -106,7 +106,7 @@ def test_a_tampered_file_is_refused_by_name(tmp_path: Path, tamper: object) -> N
     changed = tamper(path.read_text(encoding="utf-8"))
     assert changed != path.read_text(encoding="utf-8")
     path.write_text(changed, encoding="utf-8")
-    with pytest.raises(CatalogError, match="catalog.jsonl"):
+    with pytest.raises(CatalogError, match=r"catalog\.jsonl"):
         Catalog.load(path)
 
 

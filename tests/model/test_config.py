@@ -12,7 +12,9 @@ def recipe(folder: Path, text: str) -> Path:
 
 
 def test_what_a_recipe_says_is_kept_and_the_rest_are_defaults(tmp_path: Path) -> None:
-    text = 'name = "mine"\n[data]\nheld_out_users = 3\n[tokenizer]\ncodebook_sizes = [5, 6]\n[target]\nweight_decay = 1\n'
+    text = (
+        'name = "mine"\n[data]\nheld_out_users = 3\n[tokenizer]\ncodebook_sizes = [5, 6]\n[target]\nweight_decay = 1\n'
+    )
     loaded = load_recipe(recipe(tmp_path, text))
     assert loaded.name == "mine"
     assert loaded.data == DataConfig(held_out_users=3)
@@ -61,9 +63,9 @@ def test_a_name_that_could_be_a_path_is_refused(tmp_path: Path, name: str) -> No
 def test_a_missing_name_a_missing_file_and_broken_toml_are_recipe_errors(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'name'"):
         load_recipe(recipe(tmp_path, ""))
-    with pytest.raises(RecipeError, match="absent.toml"):
+    with pytest.raises(RecipeError, match=r"absent\.toml"):
         load_recipe(tmp_path / "absent.toml")
-    with pytest.raises(RecipeError, match="recipe.toml"):
+    with pytest.raises(RecipeError, match=r"recipe\.toml"):
         load_recipe(recipe(tmp_path, "name = "))
 
 

@@ -79,7 +79,9 @@ def test_features_are_the_layers_outputs_as_transformers_names_them(tmp_path: Pa
     target = Target.load(tmp_path, VOCABULARY)
     tokens, positions = torch.randint(0, 50, (1, 9)), torch.arange(9)[None]
     states = model(tokens, output_hidden_states=True).hidden_states
-    output = target(tokens, positions, target.new_cache(1, 9), Write(positions[:, :1], positions, 0, 0), None, 9, (0, 2))
+    output = target(
+        tokens, positions, target.new_cache(1, 9), Write(positions[:, :1], positions, 0, 0), None, 9, (0, 2)
+    )
     assert torch.allclose(output.features[0], states[1], atol=1e-4)
     assert torch.allclose(output.features[1], states[3], atol=1e-4)
 

@@ -1,9 +1,9 @@
 import pytest
-from tests.model.conftest import Tiny
 
 from model.decoding.budget import LoadBudget, expected_decisions, measured_budget
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.request import ListRequest
+from tests.model.conftest import Tiny
 
 
 def test_a_round_is_expected_to_gain_its_own_choice_and_what_survives() -> None:

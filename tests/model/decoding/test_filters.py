@@ -1,8 +1,8 @@
 import pytest
-from tests.model.conftest import Tiny
 
 from model.decoding.filters import FilterTable
 from model.decoding.request import CategoryFilter, InvalidRequest, RangeFilter
+from tests.model.conftest import Tiny
 
 
 def test_a_filter_passes_exactly_the_items_that_carry_the_attribute(tiny: Tiny) -> None:

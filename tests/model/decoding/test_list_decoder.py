@@ -4,12 +4,12 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.model.conftest import Tiny
 
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.request import CategoryFilter, InvalidRequest, ListRequest, ListResult, RangeFilter
 from model.draft.draft import Draft
+from tests.model.conftest import Tiny
 
 MODES = {
     "plain": (Budget(0), False),

@@ -10,9 +10,7 @@ def tree(parent: list[int], choice: list[int], length: list[int]) -> DraftTree:
         return torch.tensor([values])
 
     none = torch.empty(0)
-    return DraftTree(
-        none, row(length), none, none, row(parent), row(choice), none, none, none, Children(none, none)
-    )
+    return DraftTree(none, row(length), none, none, row(parent), row(choice), none, none, none, Children(none, none))
 
 
 def test_a_chain_is_kept_up_to_the_first_wrong_guess() -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.model.conftest import Tiny
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from model.config import ListsConfig
 from model.decoding import draft_tree
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.offline import decode_all
@@ -13,11 +14,10 @@ from model.decoding.request import ListRequest
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.item_trie import Children, ItemTrie
+from model.target import Target
 from model.train.draft import DraftBatch, _batch, unrolled_outputs
 from model.train.lists import write_lists
-from model.config import ListsConfig
-from transformers import AutoModelForCausalLM, LlamaConfig
-from model.target import Target
+from tests.model.conftest import Tiny
 
 Tensor = torch.Tensor
 

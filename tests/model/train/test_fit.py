@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,14 @@ class Task:
     def batches(self, epoch: int) -> list[torch.Tensor]:
         self.epochs.append(epoch)
         order = torch.randperm(24, generator=torch.Generator().manual_seed(epoch))
-        return list(order.split(8))
+        return [order[i : i + 8] for i in range(0, 24, 8)]
 
     def loss(self, rows: torch.Tensor) -> torch.Tensor:
         self.steps += 1
         if self.steps == self.die_at:
             raise Killed
-        return (self.module(self.x[rows]) - self.y[rows]).square().mean()
+        error: torch.Tensor = self.module(self.x[rows]) - self.y[rows]
+        return error.square().mean()
 
     def error(self) -> float:
         with torch.no_grad():
@@ -174,7 +176,7 @@ def test_the_learning_rate_warms_up_and_then_falls(tmp_path: Path) -> None:
 
     fit(weight, lambda e: list(range(20)), loss, lambda: 0.0, Config(1, 0.01, 0.0, 0.5), tmp_path, label="rate")
     # AdamW with a constant gradient moves by the learning rate in each step.
-    rates = [a - b for a, b in zip(places[1:], places[2:], strict=False)]
+    rates = [a - b for a, b in pairwise(places[1:])]
     assert rates.index(max(rates)) in (9, 10, 11)
     assert max(rates) == pytest.approx(0.01, rel=0.02)
     assert rates[0] < 0.0002

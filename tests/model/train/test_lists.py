@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.model.conftest import Tiny
 
 from model.config import ListsConfig
 from model.data.histories import History
 from model.train.lists import WrittenLists, training_requests, write_lists
+from tests.model.conftest import Tiny
 
 CONFIG = ListsConfig(lists_per_user=3, list_items=4, batch_size=5)
 

@@ -1,13 +1,13 @@
 from pathlib import Path
 
 import torch
-from tests.model.conftest import Tiny, tiny
 
 from model.config import FinetuneConfig
 from model.item_trie import legal_codes_by_search
 from model.kv_cache import Write
 from model.semantic_id import Codes
 from model.train.ranking import most_likely_items, ranking_batches, write_rankings
+from tests.model.conftest import Tiny, tiny
 
 __all__ = ["tiny"]
 

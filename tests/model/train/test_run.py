@@ -13,7 +13,7 @@ from model.data.movielens import read_movielens
 from model.train.run import GateError, Run, check_gates, main
 
 ROOT = Path(__file__).parents[3]
-STAGES = ("tokenizer", "target", "lists", "draft", "draft-plain", "evaluate")
+STAGES = ("tokenizer", "target", "rankings", "finetune", "lists", "draft", "draft-plain", "evaluate")
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def test_a_failed_gate_writes_no_bundle_and_exits_3(
     [
         ('name = "x"\n[target]\nlayers = 3\n', "'layers'"),
         ('name = "x"\n[data]\nfolder = "nowhere"\n', "make data"),
-        ('name = "x"\n[data]\nheld_out_users = 900\n', "data.held_out_users"),
+        ('name = "x"\n[data]\nheld_out_users = 943\n', "data.held_out_users"),
     ],
 )
 def test_a_bad_recipe_or_missing_data_exits_2_and_says_why(

@@ -1,0 +1,158 @@
+"""The worker process: load a bundle, warm the engine up, answer `/generate`, publish what the engine observes.
+
+Knows bundle, engine and metrics; decides nothing about requests.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import torch
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from transformers.utils import logging as transformers_logging
+
+from model.bundle import load_bundle
+from model.decoding.request import ListResult, RoundStats
+from service import __version__
+from service.metrics import WorkerMetrics, new_registry
+from service.middleware import Admission, Door, install_errors
+from service.probes import Drain, Health, probe_routes
+from service.settings import Settings, SettingsError
+from service.worker.engine import Engine
+from service.worker.routes import Served, generate_routes
+
+STRATEGY = "list"
+
+
+def load_app(settings: Settings, drain: Drain) -> FastAPI:
+    """The application around the bundle the settings name. Raises SettingsError or `model.bundle.BundleError`."""
+    if settings.bundle is None:
+        raise SettingsError("setting 'bundle' (PADREC_BUNDLE, --bundle): the worker needs one")
+    # One core is left to the API and Valkey: two threads on a busy two-core machine are slower than one.
+    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
+    # A bar would stand between the JSON lines of the log.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    bundle = load_bundle(settings.bundle, dtype=settings.dtype, device=settings.device)
+    decoder = bundle.list_decoder(num_rows=settings.num_rows, max_k=settings.max_k)
+    info = bundle.info
+    served = Served(info.name, info.version, info.catalog_version, settings.max_k, info.max_history_items)
+    registry = new_registry()
+    metrics = WorkerMetrics(registry)
+    engine = Engine(
+        decoder,
+        max_waiting=settings.max_waiting,
+        observe=publisher(metrics, served.version),
+        warm_up=bundle.warm_up,
+    )
+    return create_app(engine, served, settings, drain, metrics, registry)
+
+
+def create_app(
+    engine: Engine,
+    served: Served,
+    settings: Settings,
+    drain: Drain,
+    metrics: WorkerMetrics,
+    registry: CollectorRegistry,
+) -> FastAPI:
+    """The application around an engine that has not been started."""
+    started = time.monotonic()
+    metrics.build_info.labels(__version__, "worker").set(1)
+    metrics.model_info.labels(served.name, served.version, served.catalog_version).set(1)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        del app
+        engine.start()
+        watch = asyncio.create_task(_time_warm_up(engine, metrics, started))
+        try:
+            yield
+        finally:
+            watch.cancel()
+            engine.drain(0)  # nobody is left to answer: the server has waited for running requests already
+            await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="padrec worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    install_errors(app)
+    # Running and waiting are the engine's to bound; this bounds bodies being read.
+    admission = Admission(settings.num_rows + settings.max_waiting + settings.num_rows, drain, metrics)
+    app.include_router(generate_routes(engine, served, settings, admission))
+    app.include_router(
+        probe_routes(
+            drain=drain,
+            alive=lambda: _alive(engine),
+            ready=lambda: _ready(engine),
+            registry=registry,
+            before_scrape=lambda: _refresh(engine, metrics),
+        )
+    )
+    app.add_middleware(Door, metrics=metrics, drain=drain)
+    return app
+
+
+def publisher(metrics: WorkerMetrics, model_version: str) -> Callable[[RoundStats | ListResult], None]:
+    """What the engine calls after every round and every list. Runs on the engine's thread."""
+
+    def publish(seen: RoundStats | ListResult) -> None:
+        if isinstance(seen, RoundStats):
+            publish_round(metrics, seen)
+        else:
+            publish_list(metrics, seen, model_version)
+
+    return publish
+
+
+def publish_round(metrics: WorkerMetrics, stats: RoundStats) -> None:
+    """One round: how many took part, where its time went, what it drafted and kept by step and slot."""
+    metrics.batch_size.labels("decode").observe(stats.rows)
+    metrics.stage.labels("draft").observe(stats.draft_seconds)
+    metrics.stage.labels("verify").observe(stats.verify_seconds)
+    metrics.target_passes.labels(STRATEGY).inc(stats.rows)
+    metrics.target_passes_saved.labels(STRATEGY).inc(stats.accepted_tokens + stats.forced_tokens)
+    by_label = (
+        (metrics.draft_per_position, stats.drafted_by_step),
+        (metrics.accepted_per_position, stats.accepted_by_step),
+        (metrics.draft_per_slot, stats.drafted_by_slot),
+        (metrics.accepted_per_slot, stats.accepted_by_slot),
+    )
+    for counter, counts in by_label:
+        for index, count in enumerate(counts):
+            counter.labels(STRATEGY, str(index)).inc(count)
+
+
+def publish_list(metrics: WorkerMetrics, result: ListResult, model_version: str) -> None:
+    """One finished list: its waiting, its prefill and its speculation."""
+    metrics.stage.labels("queue").observe(result.queue_seconds)
+    metrics.stage.labels("prefill").observe(result.prefill_seconds)
+    counts = result.speculation
+    if counts.draft_tokens:  # a list written without drafting has no acceptance length
+        metrics.acceptance_length.labels(STRATEGY).observe(counts.acceptance_length)
+        metrics.spec_rounds.labels(STRATEGY, model_version).inc(counts.rounds)
+    metrics.spec_draft_tokens.labels(STRATEGY, model_version).inc(counts.draft_tokens)
+    metrics.spec_accepted_tokens.labels(STRATEGY, model_version).inc(counts.accepted_tokens)
+    metrics.spec_forced_tokens.labels(STRATEGY, model_version).inc(counts.forced_tokens)
+
+
+def _alive(engine: Engine) -> Health:
+    alive = engine.status().alive
+    return Health(alive, {"engine": "running" if alive else "stopped"})
+
+
+def _ready(engine: Engine) -> Health:
+    status = engine.status()
+    state = "ready" if status.ready else "warming up or draining" if status.alive else "stopped"
+    return Health(status.ready, {"engine": state})
+
+
+def _refresh(engine: Engine, metrics: WorkerMetrics) -> None:
+    status = engine.status()
+    metrics.set_queue(status.running, status.waiting, status.oldest_wait_seconds)
+
+
+async def _time_warm_up(engine: Engine, metrics: WorkerMetrics, started: float) -> None:
+    while not engine.status().ready:  # noqa: ASYNC110 - the engine's thread knows no event loop to tell
+        await asyncio.sleep(0.02)
+    metrics.warmup.set(time.monotonic() - started)

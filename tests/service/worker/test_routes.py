@@ -1,0 +1,279 @@
+"""The worker over its wire: real engine, real tiny decoder, every refusal a problem in the wire's words."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.types import Message
+
+from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.request import ListRequest, ListResult, RoundStats
+from service.metrics import WorkerMetrics, new_registry
+from service.probes import Drain
+from service.settings import Settings
+from service.worker.app import create_app, publisher
+from service.worker.engine import Engine
+from service.worker.routes import Served
+from tests.model.conftest import Tiny, tiny
+
+__all__ = ["tiny"]
+
+
+class SlowDecoder(ListDecoder):
+    """Takes its time over every round."""
+
+    def round(self) -> tuple[list[ListResult], RoundStats]:
+        time.sleep(0.05)
+        return super().round()
+
+
+class PoisonedDecoder(ListDecoder):
+    """Raises whenever a list of 13 is asked for."""
+
+    def round(self) -> tuple[list[ListResult], RoundStats]:
+        if any(self.rows.row(i).request.k == 13 for i in self.rows.in_use):
+            raise RuntimeError("poisoned")
+        return super().round()
+
+
+class Worker:
+    """One worker application, its engine running, and a client of it."""
+
+    def __init__(self, tiny: Tiny, kind: type[ListDecoder], max_waiting: int, num_rows: int) -> None:
+        self.tiny, self.drain, registry = tiny, Drain(), new_registry()
+        metrics = WorkerMetrics(registry)
+        decoder = kind(
+            tiny.target,
+            tiny.draft(),
+            tiny.trie,
+            tiny.catalog,
+            num_rows=num_rows,
+            max_history_items=6,
+            max_k=20,
+            budget=lambda rows: Budget(3),
+        )
+        self.engine = Engine(decoder, max_waiting=max_waiting, observe=publisher(metrics, "m1"))
+        self.served = Served("tiny", "m1", tiny.catalog.version, max_k=20, max_history_items=6)
+        settings = Settings(num_rows=num_rows, max_waiting=max_waiting)
+        self.app: FastAPI = create_app(self.engine, self.served, settings, self.drain, metrics, registry)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://worker")
+
+    def body(self, **changes: Any) -> dict[str, Any]:
+        history = [list(codes) for codes in self.tiny.codes[:4]]
+        body = {"request_id": "r1", "catalog_version": self.served.catalog_version, "history": history, "k": 5}
+        return {**body, "deadline_ms": 10_000, **changes}
+
+    async def generate(self, **changes: Any) -> httpx.Response:
+        return await self.client.post("/generate", json=self.body(**changes))
+
+    async def idle(self) -> None:
+        """Wait until the engine has neither rows nor a line."""
+        async with asyncio.timeout(5):
+            while (status := self.engine.status()).running or status.waiting:  # noqa: ASYNC110 - the engine has no event to wait for
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(
+    tiny: Tiny, kind: type[ListDecoder] = ListDecoder, *, max_waiting: int = 64, num_rows: int = 4
+) -> AsyncIterator[Worker]:
+    worker = Worker(tiny, kind, max_waiting, num_rows)
+    async with worker.app.router.lifespan_context(worker.app), worker.client:
+        async with asyncio.timeout(10):
+            while not worker.engine.status().ready:  # noqa: ASYNC110 - the engine has no event to wait for
+                await asyncio.sleep(0.01)
+        yield worker
+    assert not worker.engine.status().alive
+
+
+def field_of(response: httpx.Response) -> str:
+    pointer: str = response.json()["errors"][0]["pointer"]
+    return pointer
+
+
+async def test_writes_the_list_the_target_alone_would_write(tiny: Tiny) -> None:
+    async with running(tiny) as worker:
+        response = await worker.generate()
+    answer = response.json()
+    twin = tiny.twin(ListRequest("twin", tuple(tiny.codes[:4]), 5))
+    assert response.status_code == 200
+    assert [tuple(item["codes"]) for item in answer["items"]] == [item.codes for item in twin.items]
+    assert [item["score"] for item in answer["items"]] == pytest.approx([i.score for i in twin.items], abs=1e-3)
+    assert answer["request_id"] == "r1"
+    assert answer["model"] == {
+        "name": "tiny",
+        "version": "m1",
+        "catalog_version": tiny.catalog.version,
+        "strategy": "list",
+    }
+    assert answer["history_used"] == 4
+    assert answer["degraded"] == []
+    counts, times = answer["speculation"], answer["timings_ms"]
+    assert counts["acceptance_length"] == pytest.approx(1 + counts["accepted_tokens"] / counts["rounds"])
+    assert 0 < times["prefill"] + times["decode"] <= times["total"] + 1e-3
+
+
+async def test_filters_and_exclusions_reach_the_decoder(tiny: Tiny) -> None:
+    excluded = tiny.codes[5]
+    async with running(tiny) as worker:
+        filters = {"genre": {"any": ["a"]}, "year": {"min": 1993}}
+        response = await worker.generate(filters=filters, exclude=[list(excluded)], k=20, speculation="off")
+    attributes = {item.codes: item.attributes for item in tiny.catalog.items}
+    found = [tuple(item["codes"]) for item in response.json()["items"]]
+    assert found
+    assert excluded not in found
+    assert not set(found) & set(tiny.codes[:4])
+    assert all(attributes[c]["genre"] == ["a"] and attributes[c]["year"] >= 1993 for c in found)  # type: ignore[operator]
+    assert response.json()["speculation"]["draft_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "pointer"),
+    [
+        ({"k": 0}, "/k"),
+        ({"k": 21}, "/k"),
+        ({"k": "5"}, "/k"),
+        ({"history": []}, "/history"),
+        ({"history": [[0, 0]]}, "/history"),
+        ({"filters": {"colour": {"any": ["red"]}}}, "/filters"),
+        ({"filters": {"genre": {"min": 3}}}, "/filters/genre"),
+        ({"strategy": "beam"}, "/strategy"),
+        ({"temperature": 1}, "/temperature"),
+    ],
+)
+async def test_bad_content_is_a_422_that_names_the_field(tiny: Tiny, changes: dict[str, Any], pointer: str) -> None:
+    async with running(tiny) as worker:
+        response = await worker.generate(**changes)
+        assert response.status_code == 422
+        assert response.headers["content-type"] == "application/problem+json"
+        assert field_of(response).startswith(pointer)
+        assert (await worker.generate()).status_code == 200
+
+
+async def test_another_catalog_version_is_a_409_that_names_ours(tiny: Tiny) -> None:
+    async with running(tiny) as worker:
+        response = await worker.generate(catalog_version="000000000000")
+    assert response.status_code == 409
+    assert response.json()["catalog_version"] == tiny.catalog.version
+
+
+async def test_malformed_json_is_a_400(tiny: Tiny) -> None:
+    async with running(tiny) as worker:
+        headers = {"content-type": "application/json"}
+        response = await worker.client.post("/generate", content=b'{"k": NaN}', headers=headers)
+    assert response.status_code == 400
+
+
+async def test_a_full_line_is_a_503_with_retry_after(tiny: Tiny) -> None:
+    async with running(tiny, SlowDecoder, max_waiting=1, num_rows=1) as worker:
+        answers = await asyncio.gather(*(worker.generate(request_id=f"r{i}") for i in range(6)))
+        statuses = sorted(answer.status_code for answer in answers)
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert statuses[0] == 200
+    assert refused
+    assert all(int(answer.headers["retry-after"]) >= 1 and answer.json()["retryable"] for answer in refused)
+
+
+async def test_a_passed_deadline_is_a_504_in_time_and_frees_the_row(tiny: Tiny) -> None:
+    async with running(tiny, SlowDecoder) as worker:
+        start = time.monotonic()
+        response = await worker.generate(k=20, deadline_ms=120)
+        assert response.status_code == 504
+        assert time.monotonic() - start < 0.4
+        await worker.idle()
+
+
+async def test_a_request_that_breaks_decoding_fails_alone(tiny: Tiny) -> None:
+    async with running(tiny, PoisonedDecoder) as worker:
+        poisoned, sound = await asyncio.gather(worker.generate(k=13), worker.generate(request_id="r2"))
+        assert poisoned.status_code == 503
+        assert sound.status_code == 200
+        assert sound.json()["items"] == (await worker.generate()).json()["items"]
+
+
+async def test_two_requests_of_one_id_are_answered_both(tiny: Tiny) -> None:
+    async with running(tiny, SlowDecoder) as worker:
+        answers = await asyncio.gather(worker.generate(), worker.generate())
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json()["items"] == answers[1].json()["items"]
+
+
+async def test_a_client_that_leaves_frees_its_row(tiny: Tiny) -> None:
+    async with running(tiny, SlowDecoder) as worker:
+        raw = json.dumps(worker.body(k=20)).encode()
+        incoming: asyncio.Queue[Message] = asyncio.Queue()
+        incoming.put_nowait({"type": "http.request", "body": raw, "more_body": False})
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": headers}
+        asked = asyncio.create_task(worker.app(scope, incoming.get, send))
+        async with asyncio.timeout(5):
+            while not worker.engine.status().running:  # noqa: ASYNC110 - the engine has no event to wait for
+                await asyncio.sleep(0.005)
+        incoming.put_nowait({"type": "http.disconnect"})
+        async with asyncio.timeout(0.5):
+            await worker.idle()
+            await asked
+
+
+async def test_says_what_it_serves(tiny: Tiny) -> None:
+    async with running(tiny) as worker:
+        info = (await worker.client.get("/info")).json()
+    assert info["model"] == {"name": "tiny", "version": "m1"}
+    assert info["catalog_version"] == tiny.catalog.version
+    assert info["limits"] == {"max_k": 20, "max_history_items": 6}
+    assert (info["in_flight"], info["waiting"]) == (0, 0)
+
+
+async def test_is_alive_and_ready_after_warm_up_and_unready_while_draining(tiny: Tiny) -> None:
+    async with running(tiny) as worker:
+        assert (await worker.client.get("/healthz")).status_code == 200
+        assert (await worker.client.get("/readyz")).status_code == 200
+        worker.drain.unready = True
+        assert (await worker.client.get("/readyz")).status_code == 503
+        assert (await worker.client.get("/info")).status_code == 503
+        assert (await worker.client.get("/healthz")).status_code == 200
+        assert (await worker.generate()).status_code == 200
+        worker.drain.refusing = True
+        refused = await worker.generate()
+    assert refused.status_code == 503
+    assert refused.json()["type"].endswith("draining")
+    assert "retry-after" in refused.headers
+
+
+async def test_a_stopped_engine_is_neither_alive_nor_asked(tiny: Tiny) -> None:
+    async with running(tiny) as worker:
+        worker.engine.stop()
+        assert (await worker.client.get("/healthz")).status_code == 503
+        refused = await worker.generate()
+        assert refused.status_code == 503
+        assert "retry-after" in refused.headers
+
+
+async def test_metrics_tell_acceptance_length_stages_and_counts(tiny: Tiny) -> None:
+    async with running(tiny) as worker:
+        counts = (await worker.generate()).json()["speculation"]
+        text = (await worker.client.get("/metrics")).text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    labels = '{model_version="m1",strategy="list"}'
+    assert float(values["padrec_acceptance_length_count" + '{strategy="list"}']) == 1
+    assert float(values["padrec_acceptance_length_sum" + '{strategy="list"}']) == counts["acceptance_length"]
+    assert float(values["padrec_spec_rounds_total" + labels]) == counts["rounds"]
+    assert float(values["padrec_spec_draft_tokens_total" + labels]) == counts["draft_tokens"]
+    assert float(values["padrec_spec_accepted_tokens_total" + labels]) == counts["accepted_tokens"]
+    assert float(values["padrec_spec_forced_tokens_total" + labels]) == counts["forced_tokens"]
+    for stage in ("queue", "prefill", "draft", "verify"):
+        assert float(values[f'padrec_stage_duration_seconds_count{{stage="{stage}"}}']) >= 1
+    assert float(values['padrec_requests_total{outcome="ok",route="/generate"}']) == 1
+    assert "padrec_warmup_seconds" in values
