@@ -106,9 +106,7 @@ class Rows:
         used = min(len(request.history), self.max_history_items)
         degraded = []
         if available < request.k:
-            degraded.append(("fewer-items", f"only {available} items pass the filters and exclusions"))
-        if used < len(request.history):
-            degraded.append(("history-truncated", f"the newest {used} of {len(request.history)} items were used"))
+            degraded.append(("fewer_items", f"Only {available} items pass the filters and exclusions."))
         row = Row(request, min(request.k, available), slot, used, tuple(degraded))
         self.held[index] = row
         self._reserve_exclusions(len(leaves) + request.k + headroom)

@@ -47,6 +47,24 @@ from model.train.target import train_target
 DRAFTS: dict[str, tuple[bool, StepMode]] = {"draft": (True, "gated"), "draft-plain": (False, "none")}
 console = Console(stderr=True)
 
+# Stage -> the recipe sections it adds to those of the stages before it.
+STAGES: dict[str, tuple[str, ...]] = {
+    "tokenizer": ("data", "tokenizer"),
+    "target": ("target",),
+    "rankings": ("finetune",),
+    "finetune": (),
+    "lists": ("lists",),
+    "draft": ("draft",),
+    "draft-plain": (),
+    "evaluate": ("evaluate",),
+}
+
+
+def sections_of(stage: str) -> list[str]:
+    """Every recipe section that bears on a stage's result."""
+    names = list(STAGES)
+    return [section for name in names[: names.index(stage) + 1] for section in STAGES[name]]
+
 
 class GateError(Exception):
     """The trained bundle is not good enough to be written; the message says which gate failed."""
@@ -58,15 +76,19 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_text(json.dumps(recipe.as_dict(), indent=1))
         self.logs = read_movielens(Path(recipe.data.folder))
         self.split: Split = split_users(histories(self.logs), recipe.data)
 
     def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Run a stage unless it is done; returns what it reported."""
+        """Run a stage unless it is done; returns what it reported. Raises RecipeError when it was done with other
+        values than the recipe has now: its results would be passed off as this recipe's."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        done = folder / "done.json"
+        begun, done = folder / "recipe.json", folder / "done.json"
+        used = json.loads(json.dumps({s: self.recipe.as_dict()[s] for s in sections_of(name)}))
+        if begun.exists() and json.loads(begun.read_text()) != used:
+            raise RecipeError(f"stage {name!r} was begun with another recipe; remove {folder} and what came after it")
+        begun.write_text(json.dumps(used, indent=1))
         if not done.exists():
             console.print(f"[bold]{name}")
             started = time.monotonic()
@@ -254,8 +276,7 @@ class Run:
         for name in DRAFTS:
             shutil.copytree(self.folder / name / "network", building / name)
         shutil.copy(self.folder / "tokenizer" / "catalog.jsonl", building / "catalog.jsonl")
-        stages = ("tokenizer", "target", "rankings", "finetune", "lists", *DRAFTS, "evaluate")
-        seconds = {s: json.loads((self.folder / s / "done.json").read_text())["seconds"] for s in stages}
+        seconds = {s: json.loads((self.folder / s / "done.json").read_text())["seconds"] for s in STAGES}
         full = {"name": self.recipe.name, "recipe": self.recipe.as_dict(), "stage_seconds": seconds} | report
         (building / "report.json").write_text(json.dumps(full, indent=1) + "\n")
         (building / "README.md").write_text(model_card(full))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from model.bundle import load_bundle
-from model.config import EvaluateConfig, Recipe, load_recipe
+from model.config import EvaluateConfig, Recipe, RecipeError, load_recipe
 from model.data.histories import cases, histories
 from model.data.movielens import read_movielens
 from model.train.run import GateError, Run, check_gates, main
@@ -45,7 +45,7 @@ def test_every_stage_says_that_it_is_done_and_the_bundle_can_be_served(debug_run
     assert loaded.info.name == "debug"
     assert loaded.draft is not None
     assert loaded.plain_draft is not None
-    assert json.loads((folder / "recipe.json").read_text())["name"] == "debug"
+    assert json.loads((folder / "evaluate" / "recipe.json").read_text())["evaluate"]["list_items"] == 5
     assert not bundle.with_name("debug.tmp").exists()
 
 
@@ -71,6 +71,14 @@ def test_a_stage_that_failed_is_run_again_with_what_it_left(tmp_path: Path) -> N
     with pytest.raises(OSError, match="disk full"):
         run.stage("target", fail)
     assert run.stage("target", lambda folder: {"found": (folder / "half").read_text()})["found"] == "done"
+
+
+def test_a_stage_begun_with_another_recipe_is_not_passed_off_as_this_ones(copied: Path) -> None:
+    recipe = debug_recipe()
+    changed = Run(replace(recipe, lists=replace(recipe.lists, lists_per_user=3)), copied)
+    assert changed.stage("finetune", lambda folder: {})["seconds"] >= 0
+    with pytest.raises(RecipeError, match=r"'lists'.*another recipe"):
+        changed.stage("lists", lambda folder: {})
 
 
 def test_a_second_run_writes_the_same_bundle_without_training(copied: Path, debug_run: tuple[Path, Path]) -> None:

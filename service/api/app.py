@@ -1,0 +1,96 @@
+"""The API application: acquires Redis, catalog and workers in its lifespan and releases them in reverse.
+
+Free of torch and `model`: it starts in a moment and runs in small pods.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from service import __version__
+from service.api.catalog import Catalog
+from service.api.recommender import Recommender
+from service.api.redis_cache import RedisCache, connect
+from service.api.routes import add_schemas, recommend_routes
+from service.api.worker_client import WorkerClient
+from service.metrics import ApiMetrics, new_registry
+from service.middleware import Admission, Door, cancel, install_errors
+from service.probes import Drain, Health, probe_routes
+from service.settings import Settings
+
+
+def create_app(
+    settings: Settings,
+    drain: Drain | None = None,
+    *,
+    worker_transport: httpx.AsyncBaseTransport | None = None,
+) -> FastAPI:
+    """The application. `worker_transport` replaces the network on the way to the workers."""
+    drain = drain or Drain()
+    registry = new_registry()
+    metrics = ApiMetrics(registry)
+    metrics.build_info.labels(__version__, "api").set(1)
+    redis = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
+    cache = RedisCache(redis, metrics)
+    catalog = Catalog(cache, settings, metrics)
+    client = httpx.AsyncClient(
+        transport=worker_transport or _transport(settings), trust_env=False, follow_redirects=False
+    )
+    workers = WorkerClient(client, settings, metrics)
+    recommender = Recommender(catalog, workers, settings, metrics)
+    admission = Admission(settings.max_in_flight, drain, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(cache.close)
+            stack.push_async_callback(client.aclose)
+            await catalog.start()
+            await asyncio.gather(*(workers.look_at(worker) for worker in workers.workers))
+            for background in (catalog.follow(), workers.poll()):
+                stack.push_async_callback(cancel, asyncio.create_task(background))
+            yield
+
+    def ready() -> Health:
+        checks = {
+            "catalog": "ok" if catalog.current else "missing",
+            "redis": "ok" if cache.up else "down",
+            "worker": "ok" if workers.any_up else "down",
+        }
+        # Popular items can be served without Redis and without workers, so neither decides.
+        return Health(catalog.current is not None, checks)
+
+    app = FastAPI(
+        title="padrec",
+        version=__version__,
+        summary="Recommendations by a generative model with speculative decoding",
+        lifespan=lifespan,
+    )
+    app.add_middleware(Door, metrics=metrics, drain=drain)
+    install_errors(app)
+    app.include_router(recommend_routes(recommender, admission, settings))
+    app.include_router(
+        probe_routes(
+            drain=drain,
+            alive=lambda: Health(True, {"process": "ok"}),
+            ready=ready,
+            registry=registry,
+        )
+    )
+    plain_openapi = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        return app.openapi_schema or add_schemas(plain_openapi())
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+def _transport(settings: Settings) -> httpx.AsyncHTTPTransport:
+    most = settings.max_in_flight
+    limits = httpx.Limits(max_connections=most + 8, max_keepalive_connections=most, keepalive_expiry=30.0)
+    return httpx.AsyncHTTPTransport(limits=limits)

@@ -1,0 +1,106 @@
+"""Redis with short patience: bounded round trips, no retries, and a breaker that stops asking a dead server.
+
+Knows no catalogs: it runs commands, times them, and turns every Redis error into `RedisDown`.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from service.metrics import ApiMetrics
+
+T = TypeVar("T")
+OPEN_AFTER_FAILURES = 2
+OPEN_SECONDS = 0.5
+
+logger = logging.getLogger("padrec.redis")
+
+
+class RedisDown(Exception):
+    """Redis did not answer, answered with an error, or is not being asked for the moment."""
+
+
+def connect(url: str, timeout_seconds: float) -> "Redis":
+    """A client on settings that fail in `timeout_seconds` instead of redis-py's seconds to minutes."""
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=32,
+        timeout=timeout_seconds,
+        socket_timeout=timeout_seconds,
+        socket_connect_timeout=timeout_seconds,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+    )
+    return Redis.from_pool(pool)
+
+
+class RedisCache:
+    """The few commands the catalog needs. `up` is the outcome of the last round trip."""
+
+    def __init__(self, client: "Redis", metrics: ApiMetrics) -> None:
+        self.client = client
+        self.metrics = metrics
+        self.up = True
+        self._failures = 0
+        self._open_until = 0.0
+
+    async def get(self, *keys: str) -> list[bytes | None]:
+        """Raises RedisDown."""
+        answer: Awaitable[Any] = self.client.mget(keys)
+        return list(await self._bounded("get", answer))
+
+    async def read_fields(self, op: str, fields: Mapping[str, Sequence[bytes]]) -> list[bytes | None]:
+        """Hash fields, keyed by hash, in one round trip; answers in the order given. Raises RedisDown."""
+        pipe = self.client.pipeline(transaction=False)
+        for key, names in fields.items():
+            pipe.hmget(key, list(names))
+        return [value for values in await self._bounded(op, pipe.execute()) for value in values]
+
+    async def write_fields(self, entries: Sequence[tuple[str, bytes, bytes]]) -> None:
+        """(hash, field, value) triples in one round trip. Raises RedisDown."""
+        pipe = self.client.pipeline(transaction=False)
+        for key, field, value in entries:
+            pipe.hset(key, field, value)
+        await self._bounded("refill", pipe.execute())
+
+    async def close(self) -> None:
+        await self.client.aclose()
+        await self.client.connection_pool.disconnect()
+
+    async def _bounded(self, op: str, reply: Awaitable[T]) -> T:
+        started = time.monotonic()
+        if started < self._open_until:
+            _discard(reply)
+            raise RedisDown("not being asked")
+        try:
+            answer = await reply
+        except (TimeoutError, RedisError, OSError) as exc:
+            self._failed(op, exc)
+            raise RedisDown(type(exc).__name__) from exc
+        finally:
+            self.metrics.redis_duration.labels(op).observe(time.monotonic() - started)
+        if not self.up:
+            logger.info("redis is back")
+        self.up, self._failures = True, 0
+        return answer
+
+    def _failed(self, op: str, exc: Exception) -> None:
+        self.metrics.redis_errors.labels(op).inc()
+        self._failures += 1
+        if self._failures >= OPEN_AFTER_FAILURES:
+            self._open_until = time.monotonic() + OPEN_SECONDS
+        if self.up:
+            logger.warning("redis does not answer", extra={"error": type(exc).__name__})
+        self.up = False
+
+
+def _discard(reply: Awaitable[Any]) -> None:
+    if asyncio.iscoroutine(reply):
+        reply.close()

@@ -1,0 +1,263 @@
+"""The door, as one pure ASGI layer: request ID, counting, access log, last-resort errors; and what routes use at it:
+bounded body reading, the deadline, the client's disconnect.
+
+Knows no bodies' meaning. Every answer carries X-Request-Id.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import log
+from service.errors import (
+    PROBLEM_JSON,
+    BodyTimeout,
+    BodyTooLarge,
+    Busy,
+    ClientGone,
+    Draining,
+    HttpError,
+    InternalError,
+    Invalid,
+    Overloaded,
+    PadrecError,
+    WrongContentType,
+    problem_bytes,
+)
+from service.metrics import HttpMetrics
+from service.probes import Drain
+
+T = TypeVar("T")
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DIGITS = re.compile(r"[0-9]{1,9}")
+_TIMEOUT_HEADER = b"x-request-timeout-ms"
+_PROBES = {"/healthz", "/readyz", "/metrics", "/info"}
+
+access = logging.getLogger("padrec.access")
+logger = logging.getLogger("padrec.error")
+
+
+@dataclass
+class Ticket:
+    """One request at the door. `request_id` is the caller's, `internal_id` is ours and always fresh.
+
+    `started` is in `time.monotonic()` seconds.
+    """
+
+    request_id: str
+    internal_id: str
+    started: float
+    outcome: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class Door:
+    """Wraps a whole application: gives each request a Ticket and sees that it is answered, counted and logged."""
+
+    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, drain: Drain) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        ticket = _ticket(scope)
+        scope.setdefault("state", {})["ticket"] = ticket
+        token = log.request_id.set(ticket.request_id)
+        status = 0
+
+        async def send_stamped(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                stamp = (b"x-request-id", ticket.request_id.encode())
+                message = {**message, "headers": [*message["headers"], stamp]}
+            await send(message)
+
+        self.drain.in_flight += 1
+        self.metrics.inflight.inc()
+        try:
+            await self.app(scope, receive, send_stamped)
+        except Exception as exc:
+            logger.error("request crashed", extra=log.crash_fields(exc))
+            ticket.outcome = "error"
+            if not status:
+                response = problem_response(InternalError("An internal error happened."), ticket)
+                await response(scope, receive, send_stamped)
+        finally:
+            self.drain.in_flight -= 1
+            self.metrics.inflight.dec()
+            self._record(scope, ticket, status)
+            log.request_id.reset(token)
+
+    def _record(self, scope: Scope, ticket: Ticket, status: int) -> None:
+        # The route's template, never the path: unknown paths must not become labels.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        seconds = time.monotonic() - ticket.started
+        outcome = ticket.outcome or _outcome(status)
+        self.metrics.requests.labels(route, outcome).inc()
+        self.metrics.duration.labels(route, outcome).observe(seconds)
+        level = logging.DEBUG if route in _PROBES else logging.INFO
+        if access.isEnabledFor(level):
+            fields = {
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "outcome": outcome,
+                "duration_ms": round(seconds * 1000, 3),
+            }
+            access.log(level, "request", extra=fields | ticket.fields)
+
+
+class Admission:
+    """Bounds the requests worked on at once; the rest is refused before its body is read."""
+
+    def __init__(self, limit: int, drain: Drain, metrics: HttpMetrics) -> None:
+        self.limit = limit
+        self.drain = drain
+        self.metrics = metrics
+        self.running = 0
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Raises Draining or Overloaded."""
+        if self.drain.refusing:
+            raise self.refused(Draining("This process is shutting down."))
+        if self.running >= self.limit:
+            raise self.refused(Overloaded("Too many requests are being worked on."))
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    def refused(self, error: Busy) -> Busy:
+        self.metrics.rejections.labels(error.slug).inc()
+        return error
+
+
+def install_errors(app: FastAPI) -> None:
+    """One shape for every refusal: ours and the router's."""
+
+    async def ours(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, PadrecError)
+        return problem_response(exc, request.state.ticket)
+
+    async def routers(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, HTTPException)
+        response = problem_response(HttpError(exc.status_code, str(exc.detail)), request.state.ticket)
+        response.headers.update(exc.headers or {})
+        return response
+
+    app.add_exception_handler(PadrecError, ours)
+    app.add_exception_handler(HTTPException, routers)
+
+
+def problem_response(error: PadrecError, ticket: Ticket) -> Response:
+    """The problem+json for `error`; also notes the outcome on the ticket."""
+    ticket.outcome = error.outcome
+    ticket.fields["problem"] = error.slug
+    return Response(
+        problem_bytes(error, ticket.request_id),
+        status_code=error.status,
+        headers=error.headers(),
+        media_type=PROBLEM_JSON,
+    )
+
+
+async def read_json_body(request: Request, *, max_bytes: int, seconds: float) -> bytes:
+    """The raw body of a JSON request. Raises WrongContentType, BodyTooLarge, BodyTimeout or ClientGone.
+
+    The limit holds for what arrives, whatever Content-Length says.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise WrongContentType("Send the body as application/json.")
+    too_large = BodyTooLarge(f"The body is larger than {max_bytes} bytes.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise too_large
+    chunks: list[bytes] = []
+    total = 0
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone("The client left before its body was read.")
+                chunks.append(message.get("body", b""))
+                total += len(chunks[-1])
+                if total > max_bytes:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return b"".join(chunks)
+    except TimeoutError:
+        raise BodyTimeout(f"The body did not arrive within {seconds:g} seconds.") from None
+
+
+def header_deadline_ms(request: Request) -> int | None:
+    """X-Request-Timeout-Ms, if sent. Raises Invalid: it names the header, for no pointer can."""
+    for name, value in request.scope["headers"]:
+        if name == _TIMEOUT_HEADER:
+            digits = value.decode("latin-1").strip()
+            if not _DIGITS.fullmatch(digits) or int(digits) < 1:
+                raise Invalid("The header X-Request-Timeout-Ms should be a positive integer.")
+            return int(digits)
+    return None
+
+
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """`work`'s result; cancels it and raises ClientGone as soon as the client disconnects."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone("The client left before the answer was ready.")
+    finally:
+        gone.cancel()
+        await cancel(task)
+
+
+async def cancel(task: asyncio.Future[Any]) -> None:
+    """Cancel `task` and wait until it has ended; its result is dropped."""
+    # Again and again: asyncio.wait_for of Python 3.11, which redis-py uses, sometimes swallows a cancellation.
+    while not task.done():
+        task.cancel()
+        await asyncio.wait((task,), timeout=0.05)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _ticket(scope: Scope) -> Ticket:
+    internal_id = uuid.uuid4().hex
+    request_id = internal_id
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            given = value.decode("latin-1")
+            request_id = given if _PLAIN_ID.fullmatch(given) else internal_id
+    return Ticket(request_id, internal_id, time.monotonic())
+
+
+def _outcome(status: int) -> str:
+    if status == 0:
+        return "cancelled"
+    if status >= 500:
+        return "error"
+    return "rejected" if status >= 400 else "ok"

@@ -1,0 +1,293 @@
+"""Wire bodies: public (`Recommend*`, item IDs) and internal between API and worker (`Generate*`, semantic IDs).
+
+Every field is bounded here; settings may bound them tighter. Knows no catalog: whether an attribute exists is
+checked where the catalog is.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.json_schema import WithJsonSchema
+
+from service.errors import FieldError, Invalid, pointer
+from service.settings import Settings
+
+MAX_NAMED_ERRORS = 20
+
+_NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]+$"
+ItemId = Annotated[str, Field(min_length=1, max_length=128, pattern=_NO_CONTROLS)]
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=_NO_CONTROLS)]
+Codes = Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=1, max_length=16)]
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Filter(_Body):
+    """Keeps items whose category is one of `any`, or whose number lies in [`min`, `max`]."""
+
+    any: Annotated[list[ItemId], Field(min_length=1, max_length=100)] | None = None
+    min: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    max: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Filter":
+        is_range = self.min is not None or self.max is not None
+        if (self.any is not None) == is_range:
+            raise ValueError('should be {"any": [...]} or {"min": number, "max": number}')
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError("min should not exceed max")
+        return self
+
+
+def _unwrap_items(value: object) -> object:
+    """`{"item_id": "7"}` counts as `"7"`; anything else is left for the item check to refuse."""
+    if not isinstance(value, list):
+        return value
+    return [v["item_id"] if isinstance(v, dict) and len(v) == 1 and "item_id" in v else v for v in value]
+
+
+_ITEM_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": 128}
+_HISTORY_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "maxItems": 10_000,
+    "description": "Items the user interacted with, oldest first.",
+    "items": {
+        "anyOf": [
+            _ITEM_SCHEMA,
+            {
+                "type": "object",
+                "properties": {"item_id": _ITEM_SCHEMA},
+                "required": ["item_id"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+}
+
+RECOMMEND_EXAMPLES: dict[str, Any] = {
+    "history": {
+        "summary": "Ten items for a history",
+        "value": {"history": ["50", "181", "174", "210"], "k": 10},
+    },
+    "filtered": {
+        "summary": "Five comedies of the nineties, with their attributes",
+        "value": {
+            "history": ["50", {"item_id": "181"}],
+            "k": 5,
+            "filters": {"genre": {"any": ["Comedy"]}, "year": {"min": 1990, "max": 1999}},
+            "exclude": ["1"],
+            "include": ["attributes", "semantic_id"],
+            "deadline_ms": 500,
+        },
+    },
+    "cold start": {"summary": "No history: popular items", "value": {"history": [], "k": 3}},
+}
+
+
+class RecommendRequest(_Body):
+    """What a product backend asks. Read-only: the same request may be sent again at any time."""
+
+    history: Annotated[
+        list[ItemId],
+        BeforeValidator(_unwrap_items),
+        Field(max_length=10_000),
+        WithJsonSchema(_HISTORY_SCHEMA),
+    ]
+    k: int | None = Field(None, ge=1, le=1000, description="How many items; 10 unless told.")
+    user_id: ItemId | None = Field(None, description="Accepted for symmetry; not used, not logged.")
+    exclude: list[ItemId] = Field(default=[], max_length=10_000)
+    exclude_history: bool = Field(True, description="Never recommend what is in the history.")
+    filters: dict[Name, Filter] = Field(default={}, max_length=16)
+    strategy: Literal["list"] = "list"
+    speculation: Literal["on", "off"] = Field("on", description="Changes the time, not the items.")
+    temperature: float | None = Field(None, ge=0, le=0, description="Only 0 is served.")
+    deadline_ms: int | None = Field(None, ge=1, le=60_000)
+    fallback: Literal["popular", "none"] = "popular"
+    include: list[Literal["semantic_id", "attributes"]] = Field(default=[], max_length=2)
+
+
+class RecommendedItem(_Body):
+    item_id: str
+    rank: int = Field(ge=1)
+    score: float | None = Field(description="Log-probability of the item; null for popular items.")
+    source: Literal["model", "popular"]
+    semantic_id: list[int] | None = None
+    attributes: dict[str, Any] | None = None
+
+
+class ModelInfo(_Body):
+    name: str
+    version: str
+    catalog_version: str
+    strategy: str
+
+
+class SpeculationInfo(_Body):
+    rounds: int = Field(ge=0)
+    draft_tokens: int = Field(ge=0)
+    accepted_tokens: int = Field(ge=0)
+    forced_tokens: int = Field(ge=0)
+    acceptance_length: float = Field(ge=0, description="Tokens gained per round, bonus included.")
+
+
+class Degraded(_Body):
+    """One way in which the answer is less than what was asked for."""
+
+    code: str
+    detail: str
+
+
+class RecommendTimings(_Body):
+    """Milliseconds. `worker` is the worker's own total; what is left of `total` is the API and the wire."""
+
+    map_history: Milliseconds
+    queue: Milliseconds
+    prefill: Milliseconds
+    decode: Milliseconds
+    map_items: Milliseconds
+    worker: Milliseconds
+    total: Milliseconds
+
+
+class RecommendResponse(_Body):
+    request_id: str
+    items: list[RecommendedItem]
+    model: ModelInfo
+    speculation: SpeculationInfo | None
+    timings_ms: RecommendTimings
+    unknown_items: list[str] = Field(description="History items the catalog does not know: the first 20.")
+    unknown_items_count: int = Field(ge=0)
+    history_used: int = Field(ge=0)
+    degraded: list[Degraded]
+
+
+class ProblemError(_Body):
+    pointer: str
+    reason: str
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem. Never quotes the request."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    retryable: bool
+    errors: list[ProblemError]
+    request_id: str
+
+
+class GenerateRequest(_Body):
+    """API to worker. `deadline_ms` is what is left of the deadline when the request is sent."""
+
+    request_id: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+    catalog_version: Annotated[str, Field(min_length=1, max_length=64)]
+    history: list[Codes] = Field(max_length=10_000)
+    k: int = Field(ge=1, le=1000)
+    exclude: list[Codes] = Field(default=[], max_length=10_000)
+    exclude_history: bool = True
+    filters: dict[Name, Filter] = Field(default={}, max_length=16)
+    strategy: Literal["list"] = "list"
+    speculation: Literal["on", "off"] = "on"
+    deadline_ms: int = Field(ge=1, le=60_000)
+
+
+class GeneratedItem(_Body):
+    codes: Codes
+    score: float = Field(allow_inf_nan=False)
+
+
+class GenerateTimings(_Body):
+    """Milliseconds inside the worker."""
+
+    queue: Milliseconds
+    prefill: Milliseconds
+    decode: Milliseconds
+    total: Milliseconds
+
+
+class GenerateResponse(_Body):
+    request_id: str
+    items: list[GeneratedItem]
+    model: ModelInfo
+    speculation: SpeculationInfo
+    timings_ms: GenerateTimings
+    degraded: list[Degraded]
+    history_used: int = Field(ge=0)
+
+
+class WorkerModel(_Body):
+    name: str
+    version: str
+
+
+class WorkerLimits(_Body):
+    max_k: int = Field(ge=1)
+    max_history_items: int = Field(ge=1)
+
+
+class WorkerInfo(_Body):
+    """What a worker serves and how busy it is."""
+
+    model: WorkerModel
+    catalog_version: str
+    limits: WorkerLimits
+    in_flight: int = Field(ge=0)
+    waiting: int = Field(ge=0)
+
+
+def parse_recommend(document: Any, settings: Settings) -> RecommendRequest:
+    """Validate a public body. Raises Invalid naming every wrong field, at most 20."""
+    if isinstance(document, dict):  # lengths first: a million items are refused before one is read
+        _bound_length(document, "history", settings.max_history_items)
+        _bound_length(document, "exclude", settings.max_exclude_items)
+    request = validate(RecommendRequest, document)
+    if request.k is not None and request.k > settings.max_k:
+        raise Invalid.field("/k", f"should be at most {settings.max_k}")
+    return request
+
+
+def validate(schema: type[Body], document: Any) -> Body:
+    """`document` as a `schema`. Raises Invalid."""
+    try:
+        return schema.model_validate(document)
+    except ValidationError as exc:
+        errors = exc.errors(include_url=False, include_context=False, include_input=False)
+        raise Invalid("The request has invalid fields.", errors=_field_errors(errors[:MAX_NAMED_ERRORS])) from None
+
+
+def _bound_length(document: dict[str, Any], name: str, limit: int) -> None:
+    value = document.get(name)
+    if isinstance(value, list) and len(value) > limit:
+        raise Invalid.field(pointer(name), f"should have at most {limit} items")
+
+
+def _field_errors(errors: Iterable[Any]) -> list[FieldError]:
+    named: dict[str, FieldError] = {}
+    for error in errors:
+        where = pointer(*(s for s in error["loc"] if s != "[key]"))
+        named.setdefault(where, FieldError(where, _reason(where, error)))
+    return list(named.values())
+
+
+def _reason(where: str, error: Any) -> str:
+    if where == "/temperature":
+        return "sampling is not served by this version; only 0 is"
+    if error["type"] == "extra_forbidden":
+        return "is not a known field"
+    if error["type"] == "string_pattern_mismatch":
+        return "should have no control characters"
+    if error["type"] == "missing":
+        return "is required"
+    if error["type"] == "model_type":
+        return "should be an object"
+    return re.sub(r"^(Value error, |\w+ (?=should))", "", str(error["msg"]))

@@ -1,0 +1,146 @@
+"""Everything configurable, read once and frozen: flags over `PADREC_*` over a TOML file over defaults.
+
+Both processes read the same settings; each uses the part it needs. Knows nothing of what the values are used for.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+CONFIG_VARIABLE = "PADREC_CONFIG"
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message is one line and names the setting."""
+
+
+class Settings(BaseSettings):
+    """Resolved settings of one process. Durations carry their unit in the name."""
+
+    model_config = SettingsConfigDict(env_prefix="PADREC_", frozen=True, extra="forbid", env_ignore_empty=True)
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    drain_seconds: float = Field(2.0, ge=0, le=120, description="after SIGTERM: time unready but still serving")
+    finish_seconds: float = Field(10.0, ge=0, le=300, description="after that: time for running requests to finish")
+
+    bundle: Path | None = Field(None, description="bundle folder")
+    catalog_file: Path | None = Field(None, description="durable copy of the catalog for the API")
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description="redis://, rediss:// or unix:// URL"
+    )
+    redis_timeout_ms: int = Field(50, ge=1, le=5000)
+    worker_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("http://127.0.0.1:8001",), min_length=1, description="comma-separated worker URLs"
+    )
+    poll_seconds: float = Field(0.5, gt=0, le=60, description="how often the API looks at its workers and at Redis")
+
+    max_body_bytes: int = Field(1 << 20, ge=1024, le=1 << 26)
+    body_seconds: float = Field(5.0, gt=0, le=60, description="time a client has to send its body")
+    max_history_items: int = Field(1000, ge=1, le=10_000)
+    max_exclude_items: int = Field(1000, ge=0, le=10_000)
+    max_k: int = Field(100, ge=1, le=1000)
+    default_k: int = Field(10, ge=1, le=1000)
+    deadline_ms: int = Field(2000, ge=1, le=60_000, description="deadline of requests without one")
+    max_in_flight: int = Field(256, ge=1, le=100_000, description="requests the API works on at once")
+    lru_items: int = Field(100_000, ge=1, le=10_000_000, description="local cache entries each way")
+
+    threads: int = Field(0, ge=0, le=1024, description="worker CPU threads; 0: cores less one")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d{1,2})?)$", description="where the worker decodes")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="the worker's precision")
+    num_rows: int = Field(32, ge=1, le=4096, description="requests the worker decodes at once")
+    max_waiting: int = Field(128, ge=0, le=100_000, description="requests the worker lets wait")
+
+    @field_validator("worker_urls", mode="before")
+    @classmethod
+    def _split_urls(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("worker_urls")
+    @classmethod
+    def _check_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("every worker URL must look like http://host:port")
+        return tuple(url.rstrip("/") for url in value)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, value: SecretStr) -> SecretStr:
+        if urlsplit(value.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> "Settings":
+        if self.default_k > self.max_k:
+            raise ValueError("default_k must not exceed max_k")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        config = getattr(init_settings, "init_kwargs", {}).pop("config_file", None)
+        config = config or os.environ.get(CONFIG_VARIABLE) or None
+        sources = (init_settings, env_settings)
+        return (*sources, TomlConfigSettingsSource(settings_cls, config)) if config else sources
+
+    def masked(self) -> dict[str, Any]:
+        """The resolved settings as plain values, passwords replaced by `***`."""
+        plain = self.model_dump(mode="json")
+        plain["redis_url"] = mask_url(self.redis_url.get_secret_value())
+        plain["worker_urls"] = [mask_url(url) for url in self.worker_urls]
+        return plain
+
+
+def load_settings(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
+    """Resolve the settings. `flags` set to None count as not given. Raises SettingsError."""
+    given: dict[str, Any] = {name: value for name, value in (flags or {}).items() if value is not None}
+    if config:
+        given["config_file"] = config
+    named = config or os.environ.get(CONFIG_VARIABLE)
+    if named and not Path(named).is_file():
+        raise SettingsError(f"setting 'config': no file at {named}")
+    try:
+        return Settings(**given)
+    except ValidationError as exc:
+        raise SettingsError(_one_line(exc)) from None
+    except ValueError as exc:  # a TOML file that is no TOML
+        raise SettingsError(f"setting 'config': {' '.join(str(exc).split())}") from None
+
+
+def mask_url(url: str) -> str:
+    """`url` without its password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}"))
+
+
+def _one_line(exc: ValidationError) -> str:
+    error = exc.errors(include_url=False, include_input=False)[0]
+    name = str(error["loc"][0]) if error["loc"] else "default_k"
+    reason = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if error["type"] == "extra_forbidden":
+        return f"setting {name!r} is not known"
+    return f"setting {name!r} (PADREC_{name.upper()}, --{name.replace('_', '-')}): {reason}"

@@ -1,0 +1,154 @@
+"""Supervisor: processes of one machine, started in order, restarted when they die, stopped in reverse.
+
+Kubernetes does this in production; this is for a laptop. Knows processes and ports; nothing of what they serve.
+"""
+
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+from service import child
+
+logger = logging.getLogger("padrec.supervisor")
+
+REFUSED = 2  # exit status of a process whose settings or bundle are unusable: starting it again cannot help
+_POLL_SECONDS = 0.05
+
+
+class PortTaken(RuntimeError):
+    """The wanted port is in use; the message names it."""
+
+
+@dataclass
+class Child:
+    """One process to keep alive. `stop_seconds`: how long it may take to finish its work after SIGTERM."""
+
+    name: str
+    start: Callable[[], subprocess.Popen[bytes]]
+    stop_seconds: float = 10.0
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    failures: int = field(default=0, init=False)
+    started: float = field(default=0.0, init=False)
+    restart_at: float | None = field(default=None, init=False)
+
+
+class Supervisor:
+    """Keeps children running. Backoff doubles from `first_backoff` to 10 s; a child that ends `max_failures` times
+    without having lived `steady_seconds` in between is a crash loop and ends everything."""
+
+    def __init__(
+        self,
+        children: Sequence[Child],
+        *,
+        max_failures: int = 5,
+        first_backoff: float = 0.1,
+        steady_seconds: float = 30.0,
+        on_round: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.children = list(children)
+        self.max_failures, self.first_backoff, self.steady_seconds = max_failures, first_backoff, steady_seconds
+        self.on_round = on_round
+        self._stopping = False
+
+    def request_stop(self) -> None:
+        """Safe to call from a signal handler; `run` stops the children and returns."""
+        self._stopping = True
+
+    def run(self) -> int:
+        """Start every child, watch them until asked to stop. Returns the exit status of the whole.
+
+        Must run in the main thread (see `child.spawn`).
+        """
+        try:
+            for each in self.children:
+                if self._stopping:
+                    break
+                self._start(each)
+            while not self._stopping:
+                for each in self.children:
+                    status = self._watch(each)
+                    if status is not None:
+                        return status
+                self.on_round()
+                time.sleep(_POLL_SECONDS)
+            return 0
+        finally:
+            self._stop_all()
+
+    def _start(self, each: Child) -> None:
+        each.restart_at = None
+        each.started = time.monotonic()
+        each.process = each.start()
+        logger.info("started", extra={"child": each.name, "pid": each.process.pid})
+
+    def _watch(self, each: Child) -> int | None:
+        """Restart a dead child when its time has come. Returns an exit status when there is no point in going on."""
+        if each.restart_at is not None:
+            if time.monotonic() >= each.restart_at:
+                self._start(each)
+            return None
+        assert each.process is not None, "watched before it was started"
+        status = each.process.poll()
+        if status is None:
+            return None
+        if status == REFUSED:
+            logger.error("%s refused to start; its message is above", each.name)
+            return REFUSED
+        lived = time.monotonic() - each.started
+        each.failures = 1 if lived >= self.steady_seconds else each.failures + 1
+        if each.failures >= self.max_failures:
+            logger.error("%s ended %d times in a row (%s); giving up", each.name, each.failures, _describe(status))
+            return 1
+        backoff = min(self.first_backoff * 2 ** (each.failures - 1), 10.0)
+        each.restart_at = time.monotonic() + backoff
+        logger.warning("%s ended (%s); starting it again in %.1f s", each.name, _describe(status), backoff)
+        return None
+
+    def _stop_all(self) -> None:
+        for each in reversed(self.children):
+            if each.process is not None:
+                status = child.stop(each.process, each.stop_seconds)
+                logger.info("stopped", extra={"child": each.name, "status": status})
+
+
+@contextlib.contextmanager
+def stop_on_signals(supervisor: Supervisor) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the supervisor to stop while the block runs."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        supervisor.request_stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def free_port(host: str, wanted: int = 0, *, tries: int = 1) -> int:
+    """The first free TCP port of `tries` from `wanted` on; `wanted` 0 takes any. Raises PortTaken."""
+    for port in range(wanted, wanted + tries):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except PermissionError as exc:
+                raise PortTaken(f"port {port} on {host} may not be used by this user") from exc
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    what = f"port {wanted}" if tries == 1 else f"every port from {wanted} to {wanted + tries - 1}"
+    raise PortTaken(f"{what} on {host} is taken; choose another with --port (0 takes the next free one)")
+
+
+def _describe(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"

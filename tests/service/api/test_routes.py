@@ -1,0 +1,194 @@
+"""Bad input is a 4xx problem+json that names the field, quickly, and disturbs nobody; good input is documented."""
+
+import json
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from service.api.app import create_app
+from service.embedded_valkey import ValkeyProcess
+from tests.service.wire import TinyWorker, Workers, api, api_settings, served
+
+JSON = {"Content-Type": "application/json"}
+LIMIT_SECONDS = 0.05
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"history": ["i1"]} | fields).encode()
+
+
+BAD_INPUT: dict[str, tuple[bytes, int, str | None]] = {
+    "nothing": (b"", 400, None),
+    "malformed JSON": (b'{"history": [', 400, None),
+    "two documents": (b"{}{}", 400, None),
+    "not UTF-8": (b'{"history": ["\xff"]}', 400, None),
+    "UTF-16": ('{"history": []}'.encode("utf-16"), 400, None),
+    "NaN": (b'{"history": [], "k": NaN}', 400, "/k"),
+    "Infinity": (b'{"history": [], "filters": {"year": {"max": Infinity}}}', 400, "/filters/year/max"),
+    "a number that overflows": (b'{"history": [], "filters": {"year": {"min": -1e999}}}', 400, "/filters/year/min"),
+    "a number of 10000 digits": (b'{"history": [], "k": ' + b"9" * 10_000 + b"}", 400, None),
+    "a lone surrogate": (b'{"history": ["i1", "\\ud800"]}', 400, "/history/1"),
+    "a lone surrogate in a key": (b'{"\\udfff": 1}', 400, ""),
+    "NUL": (b'{"history": ["a\\u0000b"]}', 400, "/history/0"),
+    "a raw control character": (b'{"history": ["a\x01b"]}', 400, None),
+    "a key twice": (b'{"history": [], "filters": {"year": {"min": 1, "min": 2}}}', 400, "/filters/year"),
+    "nested 100000 deep": (b"[" * 100_000, 400, None),
+    "nested 40 deep": (b'{"history": ' + b"[" * 40 + b"]" * 40 + b"}", 400, None),
+    "a list": (b"[]", 422, ""),
+    "null": (b"null", 422, ""),
+    "no history": (b"{}", 422, "/history"),
+    "history of numbers": (body(history=[1, 2]), 422, "/history/0"),
+    "history as text": (body(history="i1"), 422, "/history"),
+    "history of null": (body(history=[None]), 422, "/history/0"),
+    "an object without item_id": (body(history=[{"id": "i1"}]), 422, "/history/0"),
+    "an object with more": (body(history=[{"item_id": "i1", "at": 1}]), 422, "/history/0"),
+    "an empty item": (body(history=[""]), 422, "/history/0"),
+    "a long item": (body(history=["x" * 129]), 422, "/history/0"),
+    "an item with a control character": (b'{"history": ["a\\u0007"]}', 422, "/history/0"),
+    "1001 items": (body(history=["i1"] * 1001), 422, "/history"),
+    "1001 exclusions": (body(exclude=["i1"] * 1001), 422, "/exclude"),
+    "10^6 items of one byte": (b'{"history": [' + b'"",' * 10**6 + b'""]}', 413, None),
+    "k = 0": (body(k=0), 422, "/k"),
+    "k = -1": (body(k=-1), 422, "/k"),
+    "k over the limit": (body(k=101), 422, "/k"),
+    "k = 10^30": (body(k=10**30), 422, "/k"),
+    "k as text": (body(k="10"), 422, "/k"),
+    "k as a fraction": (body(k=10.0), 422, "/k"),
+    "k as a boolean": (body(k=True), 422, "/k"),
+    "an unknown strategy": (body(strategy="beam"), 422, "/strategy"),
+    "an unknown field": (body(colour="red"), 422, "/colour"),
+    "an unknown filter": (body(filters={"colour": {"any": ["red"]}}), 422, "/filters/colour"),
+    "an empty filter": (body(filters={"year": {}}), 422, "/filters/year"),
+    "a filter of both kinds": (body(filters={"year": {"any": ["x"], "min": 1}}), 422, "/filters/year"),
+    "a range upside down": (body(filters={"year": {"min": 2, "max": 1}}), 422, "/filters/year"),
+    "17 filters": (body(filters={f"f{n}": {"min": 1} for n in range(17)}), 422, "/filters"),
+    "sampling": (body(temperature=0.7), 422, "/temperature"),
+    "speculation as a boolean": (body(speculation=True), 422, "/speculation"),
+    "no time": (body(deadline_ms=0), 422, "/deadline_ms"),
+    "too much time": (body(deadline_ms=60_001), 422, "/deadline_ms"),
+    "an unknown fallback": (body(fallback="random"), 422, "/fallback"),
+    "an unknown inclusion": (body(include=["everything"]), 422, "/include/0"),
+    "20 MB": (b'{"history": ["' + b"x" * 20_000_000 + b'"]}', 413, None),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_INPUT))
+async def test_bad_input_is_refused_by_name_and_quickly(standing: ValkeyProcess, name: str) -> None:
+    content, status, pointer = BAD_INPUT[name]
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
+        seconds = []
+        for _ in range(3):
+            started = time.monotonic()
+            reply = await client.post("/recommend", content=content, headers=JSON)
+            seconds.append(time.monotonic() - started)
+        problem = reply.json()
+        good = await client.post("/recommend", content=body(), headers=JSON)
+    assert reply.status_code == problem["status"] == status
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert problem["type"].startswith("urn:padrec:problem:")
+    assert problem["retryable"] is False
+    assert problem["request_id"] == reply.headers["x-request-id"]
+    if pointer is not None:
+        assert pointer in [error["pointer"] for error in problem["errors"]]
+        assert all(error["reason"] for error in problem["errors"])
+    assert min(seconds) < LIMIT_SECONDS
+    assert good.status_code == 200
+    assert good.json()["items"][0]["source"] == "model"
+
+
+async def test_a_problem_never_quotes_the_request(standing: ValkeyProcess) -> None:
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
+        fields = {"k": "s3cret", "history": ["ok", 5, "s3cret\n"], "strategy": "s3cret", "exclude": "s3cret"}
+        reply = await client.post("/recommend", json=fields | {"filters": {"year": {"any": ["s3cret"]}}})
+    assert reply.status_code == 422
+    assert "s3cret" not in reply.text
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonx"])
+async def test_another_content_type_is_refused(standing: ValkeyProcess, content_type: str) -> None:
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
+        reply = await client.post("/recommend", content=body(), headers={"Content-Type": content_type})
+        fine = await client.post(
+            "/recommend", content=body(), headers={"Content-Type": "Application/JSON; charset=utf-8"}
+        )
+    assert reply.status_code == 415
+    assert fine.status_code == 200
+
+
+async def test_the_body_limit_holds_whatever_the_headers_say(standing: ValkeyProcess) -> None:
+    async def chunks() -> Any:
+        for _ in range(40):
+            yield b"x" * 50_000
+
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
+        chunked = await client.post("/recommend", content=chunks(), headers=JSON)
+        lying = await client.post("/recommend", content=chunks(), headers={**JSON, "Content-Length": "10"})
+        huge = await client.post("/recommend", content=b"{}", headers={**JSON, "Content-Length": "9" * 5000})
+    assert [chunked.status_code, lying.status_code, huge.status_code] == [413, 413, 413]
+
+
+async def test_the_million_item_history_is_refused_by_length_when_the_body_may_be_large(
+    standing: ValkeyProcess,
+) -> None:
+    settings = api_settings(standing.url, max_body_bytes=1 << 26)
+    async with api(settings, Workers(w1=TinyWorker())) as client:
+        reply = await client.post("/recommend", content=b'{"history": [' + b"1," * 10**6 + b"1]}", headers=JSON)
+    assert reply.status_code == 422
+    assert reply.json()["errors"] == [{"pointer": "/history", "reason": "should have at most 1000 items"}]
+
+
+def test_twenty_megabytes_over_a_real_connection_get_their_answer(standing: ValkeyProcess) -> None:
+    settings = api_settings(standing.url)
+    app = create_app(settings, worker_transport=Workers(w1=TinyWorker()))
+    with served(app) as url, httpx.Client(base_url=url) as client:
+        started = time.monotonic()
+        reply = client.post("/recommend", content=b"x" * 20_000_000, headers=JSON)
+        assert reply.status_code == 413
+        assert time.monotonic() - started < 5
+        assert client.post("/recommend", content=body(), headers=JSON).status_code == 200
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "soon", "1.5", "9999999999", ""])
+async def test_a_deadline_header_that_is_no_deadline_is_refused(standing: ValkeyProcess, value: str) -> None:
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
+        reply = await client.post("/recommend", content=body(), headers={**JSON, "X-Request-Timeout-Ms": value})
+    assert reply.status_code == 422
+    assert "X-Request-Timeout-Ms" in reply.json()["detail"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/recommend", 405), ("POST", "/nowhere", 404)])
+async def test_the_router_refuses_in_the_same_shape(
+    standing: ValkeyProcess, method: str, path: str, status: int
+) -> None:
+    async with api(api_settings(standing.url), Workers()) as client:
+        reply = await client.request(method, path)
+    assert reply.status_code == status
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert reply.json()["title"]
+    assert ("allow" in reply.headers) == (status == 405)
+
+
+async def test_openapi_describes_both_bodies_and_every_refusal(standing: ValkeyProcess) -> None:
+    async with api(api_settings(standing.url), Workers()) as client:
+        document = (await client.get("/openapi.json")).json()
+    assert {"/recommend", "/v1/recommend", "/healthz", "/readyz", "/metrics"} <= set(document["paths"])
+    post = document["paths"]["/v1/recommend"]["post"]
+    content = post["requestBody"]["content"]["application/json"]
+    assert content["schema"] == {"$ref": "#/components/schemas/RecommendRequest"}
+    assert len(content["examples"]) == 3
+    assert {"200", "400", "408", "413", "415", "422", "503", "504"} <= set(post["responses"])
+    schemas = document["components"]["schemas"]
+    assert {"RecommendRequest", "RecommendResponse", "Problem", "Filter", "RecommendedItem"} <= set(schemas)
+    referenced = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}
+    assert referenced <= set(schemas)
+
+
+async def test_the_documented_examples_are_served(standing: ValkeyProcess) -> None:
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
+        document = (await client.get("/openapi.json")).json()
+        examples = document["paths"]["/recommend"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+        for example in examples.values():
+            reply = await client.post("/recommend", json=example["value"])
+            assert reply.status_code == 200, reply.text

@@ -1,0 +1,182 @@
+"""Which worker is asked, what is asked twice, and what becomes of every way a worker can fail."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service.api.worker_client import WorkerClient
+from service.errors import CatalogMismatch, DeadlinePassed, Overloaded, PadrecError, WorkerUnavailable
+from service.metrics import ApiMetrics
+from service.schemas import GenerateRequest, GenerateResponse
+from tests.service.wire import OTHER_VERSION, VERSION, TinyWorker, Workers, api_settings, codes_of
+
+
+@asynccontextmanager
+async def client_of(network: httpx.AsyncBaseTransport, *hosts: str) -> AsyncIterator[WorkerClient]:
+    settings = api_settings(worker_urls=",".join(f"http://{host}" for host in hosts))
+    async with httpx.AsyncClient(transport=network) as client:
+        yield WorkerClient(client, settings, ApiMetrics(CollectorRegistry()))
+
+
+async def generate(client: WorkerClient, seconds: float = 1.0, **others: Any) -> GenerateResponse:
+    fields = {"request_id": "r", "catalog_version": VERSION, "history": [codes_of(0)], "k": 2, "deadline_ms": 1}
+    fields |= {"exclude": [], "exclude_history": False}
+    request = GenerateRequest.model_validate(fields | others)
+    return await client.generate(request, time.monotonic() + seconds)
+
+
+async def test_the_least_busy_worker_is_asked() -> None:
+    first, second = TinyWorker(delay=0.05), TinyWorker(delay=0.05)
+    async with client_of(Workers(a=first, b=second), "a", "b") as client:
+        await asyncio.gather(*(generate(client) for _ in range(6)))
+        assert (len(first.seen), len(second.seen)) == (3, 3)
+        assert [w.in_flight for w in client.workers] == [0, 0]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_what_one_worker_cannot_do_another_is_asked_for(status: int) -> None:
+    bad, good = TinyWorker(status=status), TinyWorker()
+    async with client_of(Workers(a=bad, b=good), "a", "b") as client:
+        assert len((await generate(client)).items) == 2
+        assert (len(bad.seen), len(good.seen)) == (1, 1)
+
+
+async def test_a_worker_that_refuses_connections_is_asked_last_and_again_when_it_is_back() -> None:
+    network = Workers(b=TinyWorker())
+    async with client_of(network, "a", "b") as client:
+        await generate(client)
+        assert [w.up for w in client.workers] == [False, True]
+        network.apps = {"a": TinyWorker(), "b": None}
+        await generate(client)
+        assert [w.up for w in client.workers] == [True, False]
+
+
+async def test_a_connection_that_breaks_is_tried_once_more_on_the_only_worker() -> None:
+    tries: list[int] = []
+
+    class Breaking(Workers):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            tries.append(1)
+            if len(tries) == 1:
+                raise httpx.RemoteProtocolError("closed", request=request)
+            return await super().handle_async_request(request)
+
+    async with client_of(Breaking(a=TinyWorker()), "a") as client:
+        assert len((await generate(client)).items) == 2
+    assert len(tries) == 2
+
+
+async def test_a_busy_worker_alone_is_not_asked_twice() -> None:
+    worker = TinyWorker(status=503)
+    async with client_of(Workers(a=worker), "a") as client:
+        with pytest.raises(Overloaded):
+            await generate(client)
+    assert len(worker.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        ({"items": [{"codes": [1], "score": "high"}]}, WorkerUnavailable),
+        ({"model": None}, WorkerUnavailable),
+        (
+            {"model": {"name": "n", "version": "v", "catalog_version": "other", "strategy": "list"}},
+            CatalogMismatch,
+        ),
+    ],
+)
+async def test_an_answer_that_makes_no_sense_is_no_answer(spoil: dict[str, Any], error: type[PadrecError]) -> None:
+    async with client_of(Workers(a=TinyWorker(spoil=spoil)), "a") as client:
+        with pytest.raises(error):
+            await generate(client)
+
+
+async def test_a_refusal_that_makes_no_sense_counts_as_unavailable() -> None:
+    class Garbled(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            return httpx.Response(409, content=b"[]")
+
+    async with client_of(Garbled(), "a") as client:
+        with pytest.raises(WorkerUnavailable):
+            await generate(client)
+
+
+async def test_a_deadline_that_has_passed_asks_nobody() -> None:
+    worker = TinyWorker()
+    async with client_of(Workers(a=worker), "a") as client:
+        with pytest.raises(DeadlinePassed):
+            await generate(client, seconds=0)
+    assert worker.seen == []
+
+
+async def test_a_worker_on_the_same_catalog_is_preferred() -> None:
+    other, same = TinyWorker(version=OTHER_VERSION), TinyWorker()
+    async with client_of(Workers(a=other, b=same), "a", "b") as client:
+        for worker in client.workers:
+            await client.look_at(worker)
+        assert client.catalog_version in (VERSION, OTHER_VERSION)
+        await generate(client)
+    assert (len(other.seen), len(same.seen)) == (0, 1)
+
+
+async def test_a_worker_that_hangs_is_left_alone_until_it_answers_a_look() -> None:
+    class Hanging(Workers):
+        hang = True
+
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if self.hang:
+                raise httpx.ReadTimeout("silent", request=request)
+            return await super().handle_async_request(request)
+
+    network = Hanging(a=TinyWorker())
+    async with client_of(network, "a") as client:
+        with pytest.raises(DeadlinePassed):
+            await generate(client)
+        await client.look_at(client.workers[0])
+        with pytest.raises(WorkerUnavailable):
+            await generate(client)
+        assert not client.any_up
+        assert client.catalog_version is None
+        network.hang = False
+        await client.look_at(client.workers[0])
+        assert client.any_up
+        assert len((await generate(client)).items) == 2
+
+
+async def test_a_worker_that_warms_up_or_drains_is_not_asked() -> None:
+    leaving, staying = TinyWorker(ready=False), TinyWorker()
+    async with client_of(Workers(a=leaving, b=staying), "a", "b") as client:
+        for worker in client.workers:
+            await client.look_at(worker)
+        for _ in range(3):
+            await generate(client)
+        assert (len(leaving.seen), len(staying.seen)) == (0, 3)
+        leaving.ready = True
+        await client.look_at(client.workers[0])
+        assert [w.up for w in client.workers] == [True, True]
+
+
+async def test_without_a_second_worker_to_ask_the_first_refusal_stands() -> None:
+    async with client_of(Workers(a=TinyWorker(status=503), b=TinyWorker(ready=False)), "a", "b") as client:
+        for worker in client.workers:
+            await client.look_at(worker)
+        with pytest.raises(Overloaded):
+            await generate(client)
+
+
+async def test_an_answer_begun_before_draining_does_not_bring_new_requests() -> None:
+    worker = TinyWorker(delay=0.05)
+    async with client_of(Workers(a=worker), "a") as client:
+        running = asyncio.create_task(generate(client))
+        await asyncio.sleep(0.01)
+        worker.ready = False
+        await client.look_at(client.workers[0])
+        await running
+        with pytest.raises(WorkerUnavailable):
+            await generate(client)

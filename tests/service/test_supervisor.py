@@ -1,0 +1,126 @@
+"""Dead children come back, crash loops end with a message, stopping is orderly, taken ports are named."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from service import child
+from service.supervisor import Child, PortTaken, Supervisor, free_port, stop_on_signals
+
+SLEEP = "import time; time.sleep(60)"
+
+
+def python(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    return child.spawn([sys.executable, "-S", "-c", code, *arguments])
+
+
+def gone(pid: int, seconds: float = 2.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_killed_child_is_started_again_and_stopped_at_the_end() -> None:
+    keeper = Child("worker", lambda: python(SLEEP))
+    pids: list[int] = []
+
+    def look() -> None:
+        assert keeper.process is not None
+        if keeper.process.pid not in pids:
+            pids.append(keeper.process.pid)
+            if len(pids) == 1:
+                os.kill(keeper.process.pid, signal.SIGKILL)
+            else:
+                supervisor.request_stop()
+
+    supervisor = Supervisor([keeper], first_backoff=0.01, on_round=look)
+    assert supervisor.run() == 0
+    assert len(pids) == 2
+    assert keeper.process is not None
+    assert keeper.process.poll() == -signal.SIGTERM
+
+
+def test_a_crash_loop_ends_everything_with_a_message(caplog: pytest.LogCaptureFixture) -> None:
+    steady = Child("api", lambda: python(SLEEP))
+    broken = Child("worker", lambda: python("raise SystemExit(3)"))
+    with caplog.at_level(logging.ERROR):
+        assert Supervisor([steady, broken], max_failures=3, first_backoff=0.01).run() == 1
+    assert "worker ended 3 times in a row (exit status 3)" in caplog.text
+    assert steady.process is not None
+    assert steady.process.poll() is not None
+
+
+def test_a_child_that_refuses_its_settings_is_not_started_again() -> None:
+    starts: list[int] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        starts.append(1)
+        return python("raise SystemExit(2)")
+
+    assert Supervisor([Child("worker", start)], first_backoff=0.01).run() == 2
+    assert len(starts) == 1
+
+
+def test_children_stop_in_reverse_order_of_their_start(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor = Supervisor([Child(name, lambda: python(SLEEP)) for name in ("valkey", "worker", "api")])
+    supervisor.on_round = supervisor.request_stop
+    with caplog.at_level(logging.INFO):
+        supervisor.run()
+    stopped = [record.__dict__["child"] for record in caplog.records if record.message == "stopped"]
+    assert stopped == ["api", "worker", "valkey"]
+
+
+def test_a_child_that_ignores_sigterm_is_killed() -> None:
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('x', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert child.stop(process, 0.1) == -signal.SIGKILL
+    process.stdout.close()
+
+
+def test_sigterm_stops_the_supervisor_in_order() -> None:
+    keeper = Child("worker", lambda: python(SLEEP))
+    supervisor = Supervisor([keeper], on_round=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with stop_on_signals(supervisor):
+        assert supervisor.run() == 0
+    assert keeper.process is not None
+    assert keeper.process.poll() is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
+def test_no_child_outlives_a_supervisor_that_is_killed() -> None:
+    code = (
+        "import sys, time; from service import child\n"
+        f"print(child.spawn([sys.executable, '-S', '-c', {SLEEP!r}]).pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.stdout.close()
+    parent.kill()
+    parent.wait()
+    assert gone(pid)
+
+
+def test_a_taken_port_is_named_and_the_next_free_one_found() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTaken, match=str(port)):
+            free_port("127.0.0.1", port)
+        assert free_port("127.0.0.1", port, tries=20) > port
+    assert free_port("127.0.0.1", 0) > 0
