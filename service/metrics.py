@@ -183,7 +183,7 @@ class WorkerMetrics(HttpMetrics):
     def _spec_by(what: str, label: str, registry: CollectorRegistry) -> Counter:
         return Counter(
             f"{PREFIX}_spec_{what}_tokens_per_{label}_total",
-            f"Tokens {what} by {label}",
+            f"Tokens {'drafted' if what == 'draft' else what} by {label}",
             ("strategy", label),
             registry=registry,
         )
