@@ -132,7 +132,7 @@ class Target:
 
     def item_logits(self, hidden: Tensor) -> Tensor:
         """[..., S] float32 logits of the item tokens only, level after level (see `head_columns`)."""
-        return self.head(hidden.flatten(0, -2)).float().view(*hidden.shape[:-1], -1)
+        return self.head(hidden.flatten(0, -2).to(self.dtype)).float().view(*hidden.shape[:-1], -1)
 
     def reserve_positions(self, count: int) -> None:
         """Make room for positions below `count`; not during serving."""

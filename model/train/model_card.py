@@ -23,7 +23,8 @@ def model_card(report: dict[str, Any]) -> str:
             "nothing on time-ordered histories, with a PAD-Rec draft and the same draft without PAD-Rec's embeddings.",
             "",
             f"Quality on {report['cases']} cases of {len(report['held_out_users'])} users held out whole "
-            "(`next`: the next item; `future`: the next ten):",
+            "(`next`: the next item; `future`: the next ten). `target` are its ten most likely next items by beam "
+            "search, `target-list` the lists it writes greedily, which are what is served:",
             "",
             *table,
             "",

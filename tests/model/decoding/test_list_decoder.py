@@ -2,13 +2,18 @@ import random
 from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.offline import decode_all
+from model.decoding.plain import PlainTwin
 from model.decoding.request import CategoryFilter, InvalidRequest, ListRequest, ListResult, RangeFilter
 from model.draft.draft import Draft
+from model.draft.network import DraftNetwork, DraftShape
+from model.target import Target
 from tests.model.conftest import Tiny
 
 MODES = {
@@ -165,3 +170,31 @@ def test_bad_content_is_refused_by_name(tiny: Tiny, pointer: str, change: dict[s
     with pytest.raises(InvalidRequest) as caught:
         decoder(tiny, None, "forced").validate(ListRequest(**values))  # type: ignore[arg-type]
     assert caught.value.pointer == pointer
+
+
+def test_bf16_differs_from_its_own_twin_only_where_two_tokens_nearly_tie(tiny: Tiny) -> None:
+    torch.manual_seed(2)
+    vocabulary = tiny.target.vocabulary
+    shape = LlamaConfig(
+        vocab_size=vocabulary.size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        initializer_range=0.3,
+    )
+    target = Target(AutoModelForCausalLM.from_config(shape).bfloat16(), vocabulary)
+    network = DraftNetwork(DraftShape(32, 4, 48, vocabulary.num_slots, 4, (0, 1), True, "gated"))
+    half = Tiny(tiny.catalog, tiny.trie, target, tiny.codes)
+    running = decoder(half, Draft(network, target.embedding, vocabulary))
+    requests = [ListRequest(str(i), tuple(tiny.codes[i : i + 4]), 5) for i in range(12)]
+    results = decode_all(running, requests).results
+    identical, twin = 0, PlainTwin(target, tiny.codes, 6)
+    for request in requests:
+        expected = [item.codes for item in twin.decode(request).items]
+        same = [item.codes for item in results[request.request_id].items] == expected
+        identical += same
+        assert same or min(twin.margins) < 0.05
+    assert identical >= 6

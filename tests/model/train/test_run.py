@@ -112,7 +112,7 @@ def test_the_catalog_holds_every_item_of_the_logs(debug_run: tuple[Path, Path]) 
 
 def test_the_report_compares_the_target_with_every_baseline_and_both_drafts(debug_run: tuple[Path, Path]) -> None:
     report = load_bundle(debug_run[1]).info.report
-    assert set(report["quality"]) == {"target", "popularity", "item-knn", "markov"}
+    assert set(report["quality"]) == {"target", "target-list", "popularity", "item-knn", "markov"}
     assert all(0 <= v <= 1 for row in report["quality"].values() for v in row.values())
     assert report["quality"]["popularity"]["future_recall@5"] > 0
     for name in ("draft", "draft-plain"):
