@@ -15,12 +15,35 @@ Tensor = torch.Tensor
 
 class Write(NamedTuple):
     """Where a pass puts its new keys and values: `rows` [B, 1] and `positions` [B, n]. `start` is set when the pass
-    has one row: a contiguous copy is several times cheaper than an indexed one."""
+    has one row: a contiguous copy is several times cheaper than an indexed one. `only` [N] are the places among the
+    B n that hold tokens, when rows of different lengths are computed without their padding, and `places` their rows and positions [N]."""
 
     rows: Tensor
     positions: Tensor
     row: int = 0
     start: int | None = None
+    only: Tensor | None = None
+    places: tuple[Tensor, Tensor] | None = None
+
+    def without(self, padding: Tensor) -> "Write":
+        """The same write for the places that are not `padding` [B, n] alone."""
+        only = (~padding).flatten().nonzero().squeeze(1)
+        rows = self.rows.expand_as(self.positions).flatten()[only]
+        return self._replace(only=only, places=(rows, self.positions.flatten()[only]))
+
+    def compact(self, values: Tensor) -> Tensor:
+        """The N tokens of values [B, n, ...]: [N, ...]."""
+        flat = values.flatten(0, 1)
+        return flat if self.only is None else flat[self.only]
+
+    def padded(self, values: Tensor) -> Tensor:
+        """[B, n, ...] from the N tokens' values [N, ...]; padding is zero."""
+        shape = (*self.positions.shape, *values.shape[1:])
+        if self.only is None:
+            return values.view(shape)
+        whole = values.new_zeros(self.positions.numel(), *values.shape[1:])
+        whole[self.only] = values
+        return whole.view(shape)
 
 
 class KVCache:
@@ -49,15 +72,16 @@ class KVCache:
         return self.data.shape[4]
 
     def write(self, layer: int, keys: Tensor, values: Tensor, at: Write) -> None:
-        """Store `keys`, `values` [B, n, kv_heads, head_size]."""
+        """Store the tokens' `keys`, `values` [N, kv_heads, head_size]."""
         all_keys, all_values = self._layers[layer]
         if at.start is not None:
-            stop = at.start + keys.shape[1]
-            all_keys[at.row, :, at.start : stop].copy_(keys[0].transpose(0, 1))
-            all_values[at.row, :, at.start : stop].copy_(values[0].transpose(0, 1))
+            stop = at.start + keys.shape[0]
+            all_keys[at.row, :, at.start : stop].copy_(keys.transpose(0, 1))
+            all_values[at.row, :, at.start : stop].copy_(values.transpose(0, 1))
         else:
-            all_keys.transpose(1, 2).index_put_((at.rows, at.positions), keys)
-            all_values.transpose(1, 2).index_put_((at.rows, at.positions), values)
+            places = at.places or (at.rows.expand_as(at.positions).flatten(), at.positions.flatten())
+            all_keys.transpose(1, 2).index_put_(places, keys)
+            all_values.transpose(1, 2).index_put_(places, values)
 
     def read(self, layer: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, kv_heads, length, head_size] of rows 0..B-1, as views."""

@@ -3,7 +3,7 @@
 Queries, keys and values come from one fused linear layer, gate and up projections from another, norm scales folded
 in: at the sizes served here a call costs as much as its arithmetic. Knows nothing of whole models, tries or requests.
 
-Shapes: B rows, n new tokens, N = B n, T cached positions looked at, d hidden size, H query heads, s head size.
+Shapes: B rows, n new tokens, N of the B n that are no padding, T cached positions looked at, d hidden size, H query heads, s head size.
 """
 
 import math
@@ -73,17 +73,17 @@ class Layer:
         turned = qkv[:, :both].unflatten(1, (-1, self.size))
         if self.qk_scale is not None:
             turned = self.head_norm(turned) * self.qk_scale
-        turned = rotate(turned, rotation).view(rows, new, -1, self.size)
-        query, keys = turned[:, :, : self.heads].transpose(1, 2), turned[:, :, self.heads :]
-        values = qkv[:, both:].unflatten(1, (-1, self.size)).view(rows, new, -1, self.size)
+        turned = rotate(turned, rotation)
+        keys, values = turned[:, self.heads :], qkv[:, both:].unflatten(1, (-1, self.size))
+        query = at.padded(turned[:, : self.heads]).transpose(1, 2)
         cache.write(layer, keys, values, at)
         if mask is None:
-            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            keys, values = at.padded(keys).transpose(1, 2), at.padded(values).transpose(1, 2)
             grouped = self.heads != self.kv_heads
             mixed = scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=grouped)
         else:
             mixed = self._attend(query, *cache.read(layer, rows, length), mask)
-        x = self.output.add_to(x, mixed.transpose(1, 2).reshape(rows * new, -1))
+        x = self.output.add_to(x, at.compact(mixed.transpose(1, 2).reshape(rows, new, -1)))
         gate, up = self.gate_up(self.norm(x)).chunk(2, -1)
         return self.down.add_to(x, silu(gate) * up)
 

@@ -117,15 +117,14 @@ class Target:
     ) -> TargetOutput:
         """One pass over `tokens` [B, n] at `positions` [B, n]; see Layer for `mask`. `features` names layers whose
         outputs are wanted (the last layer's is replaced by the normalised hidden state)."""
-        rows, new = tokens.shape
-        x = self.embedding[tokens.flatten()]
-        rotation = self._rotations[positions.flatten()].unsqueeze(1)
+        x = self.embedding[at.compact(tokens)]
+        rotation = self._rotations[at.compact(positions)].unsqueeze(1)
         kept: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, cache, index, at, length)
             if index in features:
-                kept.append(x.view(rows, new, -1))
-        hidden = (self.norm(x) * self.norm_scale).view(rows, new, -1)
+                kept.append(at.padded(x))
+        hidden = at.padded(self.norm(x) * self.norm_scale)
         if self.num_layers - 1 in features:
             kept[-1] = hidden
         return TargetOutput(hidden, tuple(kept))

@@ -143,6 +143,7 @@ class ListDecoder:
         rows = torch.tensor(indices, device=device)
         positions = torch.arange(longest, device=device).expand(len(indices), -1)
         at = Write(rows[:, None], positions, indices[0], 0 if len(indices) == 1 else None)
+        draft_at, at = at, self._packed(at, positions < length[:, None])
         layers = self.draft.feature_layers if self.draft else ()
         output = self.target(tokens, positions, self.cache, at, None, longest, layers)
         last = (length - 1)[:, None]
@@ -151,7 +152,7 @@ class ListDecoder:
             fused = self.draft.fuse_features(output.features)
             # A token's partner is the feature before it; the first token has none.
             before = torch.cat([torch.zeros_like(fused[:, :1]), fused[:, :-1]], dim=1)
-            self.draft.read(tokens, before, positions, 0, self.draft_cache, at)
+            self.draft.read(tokens, before, positions, 0, self.draft_cache, draft_at)
             feature = pick(fused, last)
         root = torch.zeros_like(last)
         choice = self._choose(pick(output.hidden, last), self.trie.children(root, self.rows.may(rows)))
@@ -240,11 +241,18 @@ class ListDecoder:
         reach = self.cache.num_positions if base.is_cuda else int(base.max()) + width
         mask = attention_mask(base, own, reach, self.target.dtype)
         layers = self.draft.feature_layers if self.draft else ()
-        output = self.target(tokens, positions, self.cache, write_at(stored), mask, reach, layers)
+        at = self._packed(write_at(stored), packing.valid)
+        output = self.target(tokens, positions, self.cache, at, mask, reach, layers)
         if self.draft is None:
             return pick(output.hidden, packing.end), None
         feature = self.draft.fuse_features(tuple(pick(f, packing.end) for f in output.features))
         return pick(output.hidden, packing.end), feature
+
+    @staticmethod
+    def _packed(at: Write, valid: Tensor) -> Write:
+        """Leave the padding of rows of different lengths out of the target's pass: on a CPU every token costs. On a
+        GPU shapes stay what they are."""
+        return at if at.start is not None or valid.is_cuda else at.without(~valid)
 
     def _choose(self, hidden: Tensor, children: Children) -> Choice:
         """Ties go to the lowest token: children ascend by code and `max` names the first. A token without an

@@ -66,7 +66,7 @@ class Draft:
         z = self.network.positions.with_step(z, step)
         qkv = self.qkv(self.norm(z)).view(rows, new, 3, self.network.shape.num_heads, -1)
         turned = rotate(qkv[:, :, :2], self._rotations[positions].unsqueeze(2))
-        cache.write(0, turned[:, :, 1], qkv[:, :, 2], at)
+        cache.write(0, turned[:, :, 1].flatten(0, 1), qkv[:, :, 2].flatten(0, 1), at)
         return z.view(rows, new, -1), turned[:, :, 0]
 
     def predict(self, z: Tensor, query: Tensor, mask: Tensor, cache: KVCache, length: int) -> Tensor:
