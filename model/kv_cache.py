@@ -15,8 +15,9 @@ Tensor = torch.Tensor
 
 class Write(NamedTuple):
     """Where a pass puts its new keys and values: `rows` [B, 1] and `positions` [B, n]. `start` is set when the pass
-    has one row: a contiguous copy is several times cheaper than an indexed one. `only` [N] are the places among the
-    B n that hold tokens, when rows of different lengths are computed without their padding, and `places` their rows and positions [N]."""
+    has one row: a contiguous copy is several times cheaper than an indexed one. When rows of different lengths are
+    computed without their padding, `only` [N] are the places among the B n that hold tokens, and `places` their rows
+    and positions [N] each."""
 
     rows: Tensor
     positions: Tensor

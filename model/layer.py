@@ -3,7 +3,8 @@
 Queries, keys and values come from one fused linear layer, gate and up projections from another, norm scales folded
 in: at the sizes served here a call costs as much as its arithmetic. Knows nothing of whole models, tries or requests.
 
-Shapes: B rows, n new tokens, N of the B n that are no padding, T cached positions looked at, d hidden size, H query heads, s head size.
+Shapes: B rows, n new tokens, N of the B n that are no padding, T cached positions looked at, d hidden size, H query
+heads, s head size.
 """
 
 import math
