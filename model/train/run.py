@@ -60,6 +60,9 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 
 
+GATES = ("require_beats_baselines", "min_acceptance_length")
+
+
 def sections_of(stage: str) -> list[str]:
     """Every recipe section that bears on a stage's result."""
     names = list(STAGES)
@@ -85,7 +88,10 @@ class Run:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         begun, done = folder / "recipe.json", folder / "done.json"
-        used = json.loads(json.dumps({s: self.recipe.as_dict()[s] for s in sections_of(name)}))
+        sections = {s: self.recipe.as_dict()[s] for s in sections_of(name)}
+        for gate in GATES:  # they judge a result, they do not change it
+            sections.get("evaluate", {}).pop(gate, None)
+        used = json.loads(json.dumps(sections))
         if begun.exists() and json.loads(begun.read_text()) != used:
             raise RecipeError(f"stage {name!r} was begun with another recipe; remove {folder} and what came after it")
         begun.write_text(json.dumps(used, indent=1))
