@@ -57,7 +57,7 @@ bench-serve: install data ## HTTP load over loopback
 bench-gpu: ## decoding on a CUDA device; plain python3 with torch, transformers, safetensors, numpy
 	$(PYTHON) -m model.bench.gpu
 
-train: install data ## MovieLens-100K to model/bundles (about an hour on 2 cores)
+train: install data ## MovieLens-100K to model/bundles (about 35 minutes on 2 free cores)
 	$(BIN)/padrec train model/recipes/movielens-100k.toml
 
 check: install-dev ## ruff, mypy strict, import contracts
