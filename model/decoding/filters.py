@@ -32,9 +32,8 @@ class FilterTable:
         self._slots: OrderedDict[Key, int] = OrderedDict()
         self._users: dict[int, int] = {}
 
-    def leaves(self, filters: Filters) -> npt.NDArray[np.bool_]:
-        """Which leaves pass all filters. Raises InvalidRequest naming the filter."""
-        passing = np.ones(self.trie.num_items, dtype=bool)
+    def check(self, filters: Filters) -> None:
+        """Raises InvalidRequest naming the filter that this catalog cannot apply. Looks at no item."""
         for name, wanted in filters.items():
             kind = self._schema.get(name, {}).get("type")
             if kind is None:
@@ -42,6 +41,12 @@ class FilterTable:
             if (kind == "categories") != isinstance(wanted, CategoryFilter):
                 need = '"any"' if kind == "categories" else '"min" or "max"'
                 raise InvalidRequest(f"/filters/{name}", f"this attribute is filtered with {need}")
+
+    def leaves(self, filters: Filters) -> npt.NDArray[np.bool_]:
+        """Which leaves pass all filters. Raises InvalidRequest naming the filter."""
+        self.check(filters)
+        passing = np.ones(self.trie.num_items, dtype=bool)
+        for name, wanted in filters.items():
             passing &= np.array([_passes(value, wanted) for value in self._values[name]])
         return passing
 

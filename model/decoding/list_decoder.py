@@ -104,7 +104,7 @@ class ListDecoder:
         for name, items in (("history", request.history), ("exclude", request.exclude)):
             if any(self.trie.leaf(codes) is None for codes in items):
                 raise InvalidRequest(f"/{name}", "names an item that is not in this catalog version")
-        self.rows.filters.leaves(request.filters)
+        self.rows.filters.check(request.filters)
 
     def cancel(self, request_id: str) -> bool:
         """Free the row of a request; whether there was one."""
