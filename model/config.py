@@ -70,12 +70,16 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tuning on lists: the target's own most likely next items, ranked by beam search."""
+    """Fine-tuning on lists: the target's own most likely next items, ranked by beam search. Temperatures sharpen the
+    ranking: that of the label, and that of the order the items are written in."""
 
     lists_per_user: int = 8
     list_items: int = 10
-    beam_width: int = 24
+    beam_width: int = 32
     item_dropout: float = 0.1
+    label_temperature: float = 0.5
+    order_temperature: float = 0.25
+    history_weight: float = 0.5
     epochs: int = 2
     batch_size: int = 8
     learning_rate: float = 5e-4
@@ -168,7 +172,8 @@ def _section(path: Path, name: str, section: Any, values: Any) -> Any:
         if key not in fields:
             raise RecipeError(f"{path}: [{name}] has no field {key!r}")
         fields[key] = _checked(f"{path}: {name}.{key}", fields[key], value)
-        if type(fields[key]) is int and fields[key] == 0 and key not in MAY_BE_ZERO:
+        whole_or_divisor = type(fields[key]) is int or key.endswith("_temperature")
+        if whole_or_divisor and fields[key] == 0 and key not in MAY_BE_ZERO:
             raise RecipeError(f"{path}: {name}.{key} must be positive")
     return section(**fields)
 

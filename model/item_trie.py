@@ -72,7 +72,7 @@ class ItemTrie:
             torch.from_numpy(t).to(device) for t in tables
         )
         tokens = ordered + np.array(vocabulary.level_offsets)
-        separators = np.full((len(codes), 1), vocabulary.separator)
+        separators = np.full((len(codes), 1), vocabulary.list_separator)
         rows = np.concatenate([tokens, separators], axis=1)
         # One item's worth of padding: a run is read a whole row wide from wherever it starts.
         self.item_tokens = torch.from_numpy(np.append(rows, rows[-1:])).to(device)

@@ -5,7 +5,7 @@ distance, at each level those that share the codes so far. A log's exact order i
 neighbours in MovieLens carry the same timestamp), a list is meant to hold what comes soon, and averaging over the
 near future takes most of the noise out of the gradient. Knows the vocabulary and the histories; nothing of models.
 
-Shapes: B windows, I items a window, T tokens, L levels, V vocabulary.
+Shapes: B windows, I items a window, T tokens, L levels, V vocabulary, P items asked for, A = P L questions.
 """
 
 import random
@@ -21,8 +21,8 @@ Tensor = torch.Tensor
 
 
 class TokenBatch(NamedTuple):
-    """`tokens` [B, T] int64; `labels` [B, I * L, V] distributions for the code tokens, which are predicted from the
-    positions `asked` [I * L]; rows of padding items are all zero."""
+    """`tokens` [B, T] int64; `labels` [B, A, V] distributions (times a weight) for the code tokens, which are predicted
+    from the positions `asked` [B, A]; where nothing is asked they are all zero."""
 
     tokens: Tensor
     labels: Tensor
@@ -62,36 +62,49 @@ def token_batches(
     """Batches of windows. The prefix and separators are context, not questions: serving forces them."""
     for begin in range(0, len(windows), batch_size):
         chunk = [[codes[i] for i in window] for window in windows[begin : begin + batch_size]]
-        tokens, items, asked = token_layout(chunk, vocabulary)
+        items = padded_items(chunk)
+        tokens = padded_tokens([vocabulary.prompt(window) for window in chunk])
+        asked = questions(torch.full((len(chunk),), len(vocabulary.prompt_prefix)), items.shape[1], vocabulary)
         yield TokenBatch(tokens, soon_labels(items, vocabulary, soon_items, soon_decay).flatten(1, 2), asked)
 
 
-def token_layout(windows: Sequence[Sequence[Codes]], vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
-    """`tokens` [B, T], `items` [B, I, L] codes (-1: padding), and `asked` [I * L], the position each code token is
-    predicted from."""
-    prefix, longest = len(vocabulary.prompt_prefix), max(map(len, windows))
-    items = torch.full((len(windows), longest, vocabulary.num_levels), -1)
-    tokens = torch.zeros(len(windows), prefix + longest * vocabulary.tokens_per_item, dtype=torch.int64)
+def padded_items(windows: Sequence[Sequence[Codes]]) -> Tensor:
+    """[B, I, L] codes, -1 behind the shorter windows."""
+    items = torch.full((len(windows), max(map(len, windows)), len(windows[0][0])), -1)
     for row, window in enumerate(windows):
         items[row, : len(window)] = torch.tensor(window)
-        sequence = vocabulary.prompt(window)
-        tokens[row, : len(sequence)] = torch.tensor(sequence)
-    levels = torch.arange(vocabulary.num_levels)
-    asked = torch.arange(longest)[:, None] * vocabulary.tokens_per_item + levels + prefix - 1
-    return tokens, items, asked.flatten()
+    return items
+
+
+def padded_tokens(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """[B, T] tokens, zeros behind the shorter sequences: causality hides them."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences])
+
+
+def questions(first: Tensor, count: int, vocabulary: Vocabulary) -> Tensor:
+    """[B, count * L] positions that predict the codes of `count` items, the first of which begins at `first` [B]."""
+    offsets = torch.arange(count)[:, None] * vocabulary.tokens_per_item + torch.arange(vocabulary.num_levels) - 1
+    return first[:, None] + offsets.flatten()
 
 
 def soon_labels(items: Tensor, vocabulary: Vocabulary, soon_items: int, decay: float) -> Tensor:
     """[B, I, L, V] label distributions from `items` [B, I, L] codes (-1: padding)."""
-    rows, count, levels = items.shape
+    count = items.shape[1]
     ahead = torch.arange(count)[None, :] - torch.arange(count)[:, None]
     weight = torch.where((ahead >= 0) & (ahead < soon_items), decay ** ahead.clamp(min=0).float(), 0.0)
     real = items[..., 0] >= 0
-    shares = weight * (real.unsqueeze(1) & real.unsqueeze(2))
+    return labels_from(weight * (real.unsqueeze(1) & real.unsqueeze(2)), items, items, vocabulary)
+
+
+def labels_from(shares: Tensor, written: Tensor, items: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """[B, P, L, V] label distributions of `written` [B, P, L]: at each level, what the codes written so far leave of
+    `items` [B, I, L] weighted by `shares` [B, P, I]."""
+    rows, count, levels = written.shape
     labels = torch.zeros(rows, count, levels, vocabulary.size)
     for level in range(levels):
         token = (items[..., level].clamp(min=0) + vocabulary.level_offsets[level]).unsqueeze(1).expand_as(shares)
         total = shares.sum(-1, keepdim=True).clamp(min=1e-9)
         labels[:, :, level].scatter_add_(2, token, shares / total)
-        shares = shares * (items[:, :, None, level] == items[:, None, :, level])
+        shares = shares * (written[:, :, None, level] == items[:, None, :, level])
     return labels

@@ -7,7 +7,7 @@ import torch
 
 from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
 from model.item_trie import legal_codes_by_search
-from model.kv_cache import KVCache, Write
+from model.kv_cache import KVCache, Sight, Write
 from model.semantic_id import Codes
 from model.target import Target
 
@@ -28,7 +28,7 @@ class PlainTwin:
         if allowed is not None:
             banned |= set(self.items) - allowed
         used = request.history[-self.max_history_items :]
-        tokens = vocabulary.prompt(used)
+        tokens = vocabulary.list_prompt(used)
         cache = self.target.new_cache(1, len(tokens) + request.k * vocabulary.tokens_per_item)
         logits = self._pass(tokens, 0, cache)
         length = len(tokens)
@@ -47,7 +47,7 @@ class PlainTwin:
                 codes, score = (*codes, legal[best]), score + float(log_probs[best])
                 logits = self._pass([vocabulary.level_offsets[level] + legal[best]], length, cache)
                 length += 1
-            logits = self._pass([vocabulary.separator], length, cache)
+            logits = self._pass([vocabulary.list_separator], length, cache)
             length += 1
             found.append(ScoredItem(codes, score))
             banned.add(codes)
@@ -55,11 +55,10 @@ class PlainTwin:
 
     def _pass(self, tokens: list[int], start: int, cache: KVCache) -> torch.Tensor:
         """Item logits [S] after `tokens`, which go to positions start, start+1, ..."""
-        new, length = len(tokens), start + len(tokens)
+        length = start + len(tokens)
         positions = torch.arange(start, length)[None].to(self.target.device)
-        visible = torch.arange(length)[None, :] <= torch.arange(start, length)[:, None]
-        mask = torch.zeros(1, 1, new, length, dtype=self.target.dtype).masked_fill(~visible, float("-inf"))
         at = Write(torch.zeros(1, 1, dtype=torch.int64), positions, 0, start)
         inputs = torch.tensor([tokens], device=self.target.device)
-        output = self.target(inputs, positions, cache, at, mask.to(self.target.device), length)
+        committed = torch.tensor([start], device=self.target.device)
+        output = self.target(inputs, positions, cache, at, Sight(committed, None, length))
         return self.target.item_logits(output.hidden[0, -1:])[0]

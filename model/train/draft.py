@@ -72,9 +72,9 @@ def draft_batches(
 def _batch(lists: WrittenLists, model: PreTrainedModel, vocabulary: Vocabulary, layers: Sequence[int]) -> DraftBatch:
     places, decisions = vocabulary.tokens_per_item, lists.level.shape[1]
     histories = [[tuple(c) for c in h if c[0] >= 0] for h in lists.history.tolist()]
-    prompts = [vocabulary.prompt(h) for h in histories]
+    prompts = [vocabulary.list_prompt(h) for h in histories]
     first = max(map(len, prompts))
-    offsets = torch.tensor([*vocabulary.level_offsets, vocabulary.separator])
+    offsets = torch.tensor([*vocabulary.level_offsets, vocabulary.list_separator])
     items = torch.cat([lists.items, torch.zeros_like(lists.items[..., :1])], dim=-1) + offsets
     rows, length = len(histories), first + items.shape[1] * places
     tokens = torch.zeros(rows, length, dtype=torch.int64)

@@ -175,14 +175,17 @@ class Run:
                 config.item_dropout,
                 config.seed,
             )
-            path = folder / f"{name}.safetensors"
             with ticking(f"rankings {name}", len(histories)) as tick:
-                counts[name] = write_rankings(target, self.trie, histories, config, path, tick)
+                rankings = write_rankings(target, self.trie, histories, config, tick)
+            rankings.save(folder / f"{name}.safetensors")
+            counts[name] = len(rankings.scores)
         return counts
 
     def run_finetune(self, folder: Path) -> dict[str, Any]:
         model = self.checkpoint("target")
-        result = finetune(model, folder, self.folder / "rankings", self.vocabulary, self.recipe.finetune)
+        result = finetune(
+            model, folder, self.folder / "rankings", self.vocabulary, self.recipe.finetune, self.recipe.target
+        )
         model.save_pretrained(folder / "checkpoint")
         return {"validation": result.validation, "best_epoch": result.best_epoch}
 
@@ -272,7 +275,7 @@ class Run:
             found = most_likely_items(self.target, self.trie, recent, width, width)
             for case, best in zip(chunk, found, strict=True):
                 seen = set(case.history)
-                ranked.append([item for codes in best if (item := item_of[codes]) not in seen][:k])
+                ranked.append([item for codes, _ in best if (item := item_of[codes]) not in seen][:k])
         return ranked
 
     def _decode(self, draft: str, asked: Sequence[Case], batch: int, steps: int) -> Decoded:

@@ -78,5 +78,6 @@ def train_target(
 def token_loss(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
     """Mean cross-entropy in nats against the labels. Rows are padded on the right: causality hides the padding."""
     hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-    log_probs = torch.log_softmax(model.lm_head(hidden[:, batch.asked]).float(), dim=-1)
+    asked = hidden.gather(1, batch.asked.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    log_probs = torch.log_softmax(model.lm_head(asked).float(), dim=-1)
     return -(batch.labels * log_probs).sum() / batch.labels.sum()

@@ -78,7 +78,7 @@ def test_a_run_goes_on_exactly_as_long_as_there_is_no_choice(drawn: Drawn, rng: 
     tokens = [offsets[depth - 1 + i] + code for i, code in enumerate(expected)]
     complete = len(prefix) == len(SIZES)
     run = trie.run(torch.tensor([[node_of(trie, item[:depth])]]))
-    assert run.tokens[0, 0, : int(run.length)].tolist() == [*tokens, *[trie.vocabulary.separator] * complete]
+    assert run.tokens[0, 0, : int(run.length)].tolist() == [*tokens, *[trie.vocabulary.list_separator] * complete]
     assert int(run.node) == (ROOT if complete else node_of(trie, prefix))
     assert int(run.leaf) == (trie.leaf(prefix) if complete else trie.num_items)
 

@@ -110,13 +110,13 @@ def test_labels_are_asked_at_the_position_before_the_code_they_name() -> None:
             assert bool((batch.tokens[row, len(prompt) :] == 0).all())
             real = batch.labels[row].sum(-1) > 0
             assert int(real.sum()) == len(window) * 3
-            following = batch.tokens[row, batch.asked[real] + 1]
+            following = batch.tokens[row, batch.asked[row, real] + 1]
             assert batch.labels[row][real].argmax(-1).tolist() == following.tolist()
 
 
 def test_a_longer_prefix_moves_every_question() -> None:
-    wide = Vocabulary(SIZES, (10, 20, 30), 5, (1, 2, 3), 40)
+    wide = Vocabulary(SIZES, (10, 20, 30), 5, (1, 2, 3), 5, 40)
     batch = next(token_batches([["a", "b"]], {"a": (0, 1, 2), "b": (2, 2, 3)}, wide, 1, 1, 0.9))
     assert batch.tokens[0].tolist() == [1, 2, 3, 10, 21, 32, 5, 12, 22, 33, 5]
-    assert batch.asked.tolist() == [2, 3, 4, 6, 7, 8]
+    assert batch.asked.tolist() == [[2, 3, 4, 6, 7, 8]]
     assert batch.labels[0].argmax(-1).tolist() == [10, 21, 32, 12, 22, 33]
