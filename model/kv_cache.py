@@ -47,6 +47,46 @@ class Write(NamedTuple):
         return whole.view(shape)
 
 
+class Sight(NamedTuple):
+    """What the new tokens of a pass see: the positions before `committed` [B] of their row (None: nothing, a prompt's
+    first pass), and of the m positions behind it those that `own` [B, n, m] allows (None: m = n, each token sees
+    those before it and itself). `reach` bounds the positions looked at."""
+
+    committed: Tensor | None
+    own: Tensor | None
+    reach: int
+
+    def mask(self, at: Write, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """Additive mask [B, 1, n, reach] for a pass that stores its tokens `at`; None where nothing is committed and
+        a token sees what is before it: attention kernels know that case."""
+        if self.committed is None:
+            assert self.own is None, "a first pass is causal"
+            return None
+        own, new = self.own, at.positions.shape[1]
+        if own is None:
+            triangle = torch.ones(new, new, dtype=torch.bool, device=at.positions.device).tril()
+            own = triangle.expand(len(at.positions), -1, -1)
+        return attention_mask(self.committed, own, self.reach, dtype)
+
+
+def attention_mask(committed: Tensor, own: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Additive mask [B, 1, n, length]: 0 on everything committed [B] and where `own` [B, n, m] allows among the m
+    positions behind it, -inf elsewhere. At least one position is visible to every token, padding too: a softmax over
+    nothing is NaN, and NaN in a cache survives masking."""
+    rows, new, extra = own.shape
+    if rows == 1 and not own.is_cuda and length - extra > 0:  # one row knows where it ends: no scatter
+        mask = torch.zeros(1, 1, new, length, dtype=dtype)
+        if extra:
+            mask[0, 0, :, length - extra :].masked_fill_(~own[0], float("-inf"))
+        return mask
+    places = torch.arange(length, device=own.device)
+    visible = (places < committed[:, None].clamp(min=1)).unsqueeze(1).expand(rows, new, length).contiguous()
+    index = committed[:, None] + torch.arange(extra, device=own.device)
+    visible.scatter_(2, index.unsqueeze(1).expand(rows, new, extra), own)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+
+
 class KVCache:
     """Per layer, keys and values [R, kv_heads, T, head_size]."""
 

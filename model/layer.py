@@ -4,11 +4,11 @@ Queries, keys and values come from one fused linear layer, gate and up projectio
 in: at the sizes served here a call costs as much as its arithmetic. Knows nothing of whole models, tries or requests.
 
 Shapes: B rows, n new tokens, N of the B n that are no padding, T cached positions looked at, d hidden size, H query
-heads, s head size.
+heads, G key/value heads, s head size, f feed-forward size.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
@@ -33,35 +33,64 @@ class UnitNorm:
         return (wide / torch.hypot(norm, self.floor)).to(x.dtype)
 
 
+class LayerWeights(NamedTuple):
+    """One decoder layer, projections fused, norm scales folded in, the halves that a rotary pair turns side by side:
+    `qkv` [(H + 2 G) s, d], `qk_scale` [H + G, s] where queries and keys are normalised, `output` [d, H s], `gate_up`
+    [2 f, d], `down` [d, f]."""
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_scale: Tensor | None
+    output: Tensor
+    output_bias: Tensor | None
+    gate_up: Tensor
+    down: Tensor
+
+
+def fused_weights(source: Any, num_heads: int, num_kv_heads: int, head_size: int) -> LayerWeights:
+    """The weights of a `transformers` decoder layer of the Llama family."""
+    attention, feed = source.self_attn, source.mlp
+    dtype, device = attention.q_proj.weight.dtype, attention.q_proj.weight.device
+    root, order = math.sqrt(attention.q_proj.weight.shape[1]), interleaved(head_size).to(device)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    heads = (num_heads, num_kv_heads, None)
+    scale_in = source.input_layernorm.weight.float() * root
+    qkv = torch.cat([_by_head(p.weight, h, order) for p, h in zip(projections, heads, strict=True)]) * scale_in
+    bias, qk_scale = None, None
+    if attention.q_proj.bias is not None:
+        columns = [_by_head(p.bias[:, None], h, order)[:, 0] for p, h in zip(projections, heads, strict=True)]
+        bias = torch.cat(columns).to(dtype)
+    if hasattr(attention, "q_norm"):
+        query, key = (n.weight.detach().float()[order] for n in (attention.q_norm, attention.k_norm))
+        scales = torch.stack([query] * num_heads + [key] * num_kv_heads)
+        qk_scale = (scales * math.sqrt(head_size)).to(dtype)
+    scale_mid = source.post_attention_layernorm.weight.float() * root
+    gate_up = torch.cat([feed.gate_proj.weight, feed.up_proj.weight]).float() * scale_mid
+    output_bias = attention.o_proj.bias
+    return LayerWeights(
+        qkv.to(dtype),
+        bias,
+        qk_scale,
+        attention.o_proj.weight.detach(),
+        None if output_bias is None else output_bias.detach(),
+        gate_up.to(dtype),
+        feed.down_proj.weight.detach(),
+    )
+
+
 class Layer:
     """One decoder layer: attention and gated feed-forward, weights fused and ready to run."""
 
-    def __init__(self, source: Any, num_heads: int, num_kv_heads: int, head_size: int, epsilon: float) -> None:
-        attention, feed = source.self_attn, source.mlp
+    def __init__(
+        self, weights: LayerWeights, num_heads: int, num_kv_heads: int, head_size: int, epsilon: float
+    ) -> None:
         self.heads, self.kv_heads, self.size = num_heads, num_kv_heads, head_size
-        dtype, device = attention.q_proj.weight.dtype, attention.q_proj.weight.device
-        self.norm = UnitNorm(attention.q_proj.weight.shape[1], epsilon, device)
-        order = interleaved(head_size).to(device)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        heads = (num_heads, num_kv_heads, None)
-        scale_in = source.input_layernorm.weight.float() * self.norm.scale
-        weight = torch.cat([_by_head(p.weight, h, order) for p, h in zip(projections, heads, strict=True)]) * scale_in
-        bias = None
-        if attention.q_proj.bias is not None:
-            columns = [_by_head(p.bias[:, None], h, order)[:, 0] for p, h in zip(projections, heads, strict=True)]
-            bias = torch.cat(columns).to(dtype)
-        self.qkv = PackedLinear(weight.to(dtype), bias)
-        self.qk_scale: Tensor | None = None
-        if hasattr(attention, "q_norm"):
-            self.head_norm = UnitNorm(head_size, epsilon, device)
-            query, key = (n.weight.detach().float()[order] for n in (attention.q_norm, attention.k_norm))
-            scales = torch.stack([query] * num_heads + [key] * num_kv_heads)
-            self.qk_scale = (scales * self.head_norm.scale).to(dtype)
-        self.output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias)
-        scale_mid = source.post_attention_layernorm.weight.float() * self.norm.scale
-        gate_up = torch.cat([feed.gate_proj.weight, feed.up_proj.weight]).float() * scale_mid
-        self.gate_up = PackedLinear(gate_up.to(dtype))
-        self.down = PackedLinear(feed.down_proj.weight)
+        device = weights.qkv.device
+        self.norm = UnitNorm(weights.qkv.shape[1], epsilon, device)
+        self.head_norm, self.qk_scale = UnitNorm(head_size, epsilon, device), weights.qk_scale
+        self.qkv = PackedLinear(weights.qkv, weights.qkv_bias)
+        self.output = PackedLinear(weights.output, weights.output_bias)
+        self.gate_up, self.down = PackedLinear(weights.gate_up), PackedLinear(weights.down)
 
     def __call__(
         self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache, layer: int, at: Write, length: int

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.kv_cache import KVCache, Write
-from model.layer import Layer, UnitNorm
+from model.kv_cache import KVCache, Sight, Write
+from model.layer import Layer, UnitNorm, fused_weights
 from model.linear import PackedLinear
+from model.native import kernel
 from model.semantic_id import Vocabulary
 
 Tensor = torch.Tensor
@@ -39,8 +40,11 @@ class TargetOutput(NamedTuple):
 class Target:
     """The LLM that decides."""
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:
-        """Take the weights of a loaded `transformers` model. Raises CheckpointError."""
+    def __init__(
+        self, model: Any, vocabulary: Vocabulary, device: torch.device | str = "cpu", *, native: bool = True
+    ) -> None:
+        """Take the weights of a loaded `transformers` model. With `native` the compiled kernel runs the layers where
+        it can. Raises CheckpointError."""
         config = model.config
         if config.model_type not in ARCHITECTURES:
             raise CheckpointError(f"architecture {config.model_type!r} is not one of {ARCHITECTURES}")
@@ -57,10 +61,8 @@ class Target:
         self.window = _sliding_window(config)
         body = model.model
         with torch.no_grad():
-            self.layers = [
-                Layer(source, config.num_attention_heads, self.num_kv_heads, self.head_size, config.rms_norm_eps)
-                for source in body.layers
-            ]
+            heads = (config.num_attention_heads, self.num_kv_heads, self.head_size)
+            weights = [fused_weights(source, *heads) for source in body.layers]
             self.embedding = body.embed_tokens.weight.detach()
             self.norm_scale = (body.norm.weight.detach().float() * self.norm.scale).to(self.dtype)
             tokens = torch.cat(
@@ -69,7 +71,17 @@ class Target:
                     for o, n in zip(vocabulary.level_offsets, vocabulary.codebook_sizes, strict=True)
                 ]
             )
-            self.head = PackedLinear(model.lm_head.weight[tokens.to(device)])
+            head = model.lm_head.weight[tokens.to(device)]
+            self.head: PackedLinear | kernel.NativeLinear
+            self.layers: list[Layer] = []
+            self.native: kernel.NativeTarget | None = None
+            if native and kernel.fits(self.hidden_size, self.head_size, self.dtype, self.device):
+                floors = (float(self.norm.floor), math.sqrt(self.head_size * config.rms_norm_eps))
+                self.native = kernel.NativeTarget(weights, self.embedding, self.norm_scale, heads, floors)
+                self.head = kernel.NativeLinear(head)
+            else:
+                self.layers = [Layer(layer, *heads, config.rms_norm_eps) for layer in weights]
+                self.head = PackedLinear(head)
             self._rotary = body.rotary_emb
         sizes = [0, *vocabulary.codebook_sizes]
         self.num_item_tokens = sum(vocabulary.codebook_sizes)
@@ -111,12 +123,17 @@ class Target:
         positions: Tensor,
         cache: KVCache,
         at: Write,
-        mask: Tensor | None,
-        length: int,
+        sight: Sight,
         features: Sequence[int] = (),
     ) -> TargetOutput:
-        """One pass over `tokens` [B, n] at `positions` [B, n]; see Layer for `mask`. `features` names layers whose
-        outputs are wanted (the last layer's is replaced by the normalised hidden state)."""
+        """One pass over `tokens` [B, n] at rotary `positions` [B, n], stored `at`, seeing what `sight` says.
+        `features` names layers whose outputs are wanted, ascending (the last layer's is replaced by the normalised
+        hidden state)."""
+        if self.native is not None:
+            places = kernel.Places.of(at, sight, positions)
+            out, outputs = self.native(at.compact(tokens), places, cache.data, self._rotations, features)
+            return TargetOutput(at.padded(out), tuple(at.padded(output) for output in outputs))
+        mask, length = sight.mask(at, self.dtype), sight.reach
         x = self.embedding[at.compact(tokens)]
         rotation = self._rotations[at.compact(positions)].unsqueeze(1)
         kept: list[Tensor] = []

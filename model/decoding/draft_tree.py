@@ -15,7 +15,7 @@ import torch
 
 from model.draft.draft import Draft
 from model.item_trie import ANY_NODE, Availability, Children, ItemTrie, Run
-from model.kv_cache import KVCache, Write
+from model.kv_cache import KVCache, Sight, Write
 from model.target import Target
 
 Tensor = torch.Tensor
@@ -72,24 +72,6 @@ def pack(length: Tensor, places: int) -> Packing:
     index.scatter_(1, goes_to, torch.arange(groups * places, device=length.device).expand(rows, -1))
     valid = torch.arange(width, device=length.device) < total.unsqueeze(1)
     return Packing(index[:, :width], valid, (stop - 1).clamp_(min=0), total)
-
-
-def attention_mask(committed: Tensor, own: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Additive mask [B, 1, n, length]: 0 on everything committed [B] and where `own` [B, n, m] allows among the m
-    positions behind it, -inf elsewhere. At least one position is visible to every token, padding too: a softmax over
-    nothing is NaN, and NaN in a cache survives masking."""
-    rows, new, extra = own.shape
-    if rows == 1 and not own.is_cuda and length - extra > 0:  # one row knows where it ends: no scatter
-        mask = torch.zeros(1, 1, new, length, dtype=dtype)
-        if extra:
-            mask[0, 0, :, length - extra :].masked_fill_(~own[0], float("-inf"))
-        return mask
-    places = torch.arange(length, device=own.device)
-    visible = (places < committed[:, None].clamp(min=1)).unsqueeze(1).expand(rows, new, length).contiguous()
-    index = committed[:, None] + torch.arange(extra, device=own.device)
-    visible.scatter_(2, index.unsqueeze(1).expand(rows, new, extra), own)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
 
 
 def write_at(positions: Tensor) -> Write:
@@ -195,11 +177,10 @@ def _draft_step(
     stored = committed[:, None] + torch.arange(step * extra, (step + 1) * extra, device=length.device)
     features = feature.unsqueeze(2).expand(-1, -1, places, -1).flatten(1, 2)
     at = write_at(stored)
-    z, query = draft.read(run.tokens.flatten(1), features, positions.flatten(1), step + 1, cache, at)
     last = (length - 1).clamp(min=0) + torch.arange(0, extra, places, device=length.device)
-    query = pick(query.flatten(2), last).unflatten(2, query.shape[2:])
     reach = int(committed.max()) + (step + 1) * extra if not length.is_cuda else cache.num_positions
-    return draft.predict(pick(z, last), query, attention_mask(committed, seen, reach), cache, reach)
+    sight = Sight(committed, seen, reach)
+    return draft.ask(run.tokens.flatten(1), features, positions.flatten(1), step + 1, cache, at, last, sight)
 
 
 def pick(values: Tensor, places: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from model.decoding.draft_tree import (
     DraftTree,
     Packing,
     Root,
-    attention_mask,
     grow,
     legal_logits,
     pack,
@@ -33,7 +32,7 @@ from model.decoding.rows import Gain, Rows, account
 from model.decoding.verify import Verdict, accept_greedy
 from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie, Run
-from model.kv_cache import Write
+from model.kv_cache import Sight, Write
 from model.target import Target
 
 Tensor = torch.Tensor
@@ -87,7 +86,7 @@ class ListDecoder:
         self.forced, self.record = forced, record
         vocabulary = target.vocabulary
         self.places = vocabulary.tokens_per_item
-        prompt = len(vocabulary.prompt_prefix) + max_history_items * self.places
+        prompt = len(vocabulary.list_prompt(())) + max_history_items * self.places
         positions = prompt + (max_k + 1 + max_nodes) * self.places
         target.reserve_positions(positions)
         self.cache = target.new_cache(num_rows, positions)
@@ -136,7 +135,7 @@ class ListDecoder:
     def _prefill(self, indices: list[int]) -> None:
         """Read the prompts of newly placed rows in one pass and make the first choice of each."""
         device, held = self.target.device, [self.rows.row(i) for i in indices]
-        prompts = [self.target.vocabulary.prompt(row.request.history[-row.history_used :]) for row in held]
+        prompts = [self.target.vocabulary.list_prompt(row.request.history[-row.history_used :]) for row in held]
         longest = max(map(len, prompts))
         tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
         length = torch.tensor([len(p) for p in prompts], device=device)
@@ -145,7 +144,7 @@ class ListDecoder:
         at = Write(rows[:, None], positions, indices[0], 0 if len(indices) == 1 else None)
         draft_at, at = at, self._packed(at, positions < length[:, None])
         layers = self.draft.feature_layers if self.draft else ()
-        output = self.target(tokens, positions, self.cache, at, None, longest, layers)
+        output = self.target(tokens, positions, self.cache, at, Sight(None, None, longest), layers)
         last = (length - 1)[:, None]
         feature = None
         if self.draft and self.draft_cache:
@@ -218,13 +217,10 @@ class ListDecoder:
         feature = pick(rows.fresh_feature[:count], packing.source // self.places)
         order = torch.arange(packing.source.shape[1], device=position.device)
         stored = (position - packing.total)[:, None] + order
-        z, query = self.draft.read(tokens, feature, stored, 0, self.draft_cache, write_at(stored))
         last = (packing.total - 1).clamp(min=0)[:, None]
-        query = pick(query.flatten(2), last).unflatten(2, query.shape[2:])
         reach = self.draft_cache.num_positions if position.is_cuda else int(position.max())
-        nothing = torch.zeros(count, 1, 0, dtype=torch.bool, device=position.device)
-        mask = attention_mask(position, nothing, reach)
-        return self.draft.predict(pick(z, last), query, mask, self.draft_cache, reach)[:, 0]
+        at, sight = write_at(stored), Sight(position, None, reach)
+        return self.draft.ask(tokens, feature, stored, 0, self.draft_cache, at, last, sight)[:, 0]
 
     def _verify(self, count: int, tree: DraftTree, packing: Packing, budget: Budget) -> tuple[Tensor, Tensor | None]:
         """The target's pass over pending run and tree: hidden states and fused features [B, G, d] at group ends."""
@@ -233,16 +229,15 @@ class ListDecoder:
         group, place = packing.source // self.places, packing.source % self.places
         positions = torch.cat([base[:, None], tree.start], dim=1).gather(1, group) + place
         width = packing.source.shape[1]
-        own = torch.ones(width, width, dtype=torch.bool, device=base.device).tril().expand(count, -1, -1)
+        own = None
         if budget.width > 1:
-            sees = pick(tree.sees, group).gather(2, group.unsqueeze(1).expand(-1, width, -1))
-            own = own & sees
+            order = torch.ones(width, width, dtype=torch.bool, device=base.device).tril()
+            own = order & pick(tree.sees, group).gather(2, group.unsqueeze(1).expand(-1, width, -1))
         stored = base[:, None] + torch.arange(width, device=base.device)
         reach = self.cache.num_positions if base.is_cuda else int(base.max()) + width
-        mask = attention_mask(base, own, reach, self.target.dtype)
         layers = self.draft.feature_layers if self.draft else ()
         at = self._packed(write_at(stored), packing.valid)
-        output = self.target(tokens, positions, self.cache, at, mask, reach, layers)
+        output = self.target(tokens, positions, self.cache, at, Sight(base, own, reach), layers)
         if self.draft is None:
             return pick(output.hidden, packing.end), None
         feature = self.draft.fuse_features(tuple(pick(f, packing.end) for f in output.features))
@@ -270,7 +265,7 @@ class ListDecoder:
         at_leaf = self.trie.depth[nodes] == self.trie.num_levels
         run = self.trie.run(torch.where(at_leaf, nodes, chosen), forced=False)
         return Run(
-            run.tokens.masked_fill(at_leaf.unsqueeze(-1), self.target.vocabulary.separator),
+            run.tokens.masked_fill(at_leaf.unsqueeze(-1), self.target.vocabulary.list_separator),
             run.length.masked_fill(at_leaf, 1),
             run.node.masked_fill(at_leaf, 0),
             run.leaf.masked_fill(at_leaf, self.trie.num_items),

@@ -5,16 +5,17 @@ them and overwritten by the next round. What depends on a token alone (its embed
 of the fuse layer) is a table, norms are folded into weights: a draft step is a dozen calls. The slow twin is the
 network itself. Knows nothing of tries: whoever calls says which tokens, and who sees whom.
 
-Shapes: B rows, n tokens, W nodes asked a query, d hidden size, T positions looked at.
+Shapes: B rows, n tokens, W tokens asked for their output, d hidden size.
 """
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from model.draft.network import DraftNetwork
-from model.kv_cache import KVCache, Write
+from model.kv_cache import KVCache, Sight, Write, attention_mask
 from model.layer import UnitNorm, rotate
 from model.linear import PackedLinear
+from model.native import kernel
 from model.semantic_id import Vocabulary
 
 Tensor = torch.Tensor
@@ -23,8 +24,11 @@ Tensor = torch.Tensor
 class Draft:
     """The small network that guesses."""
 
-    def __init__(self, network: DraftNetwork, embedding: Tensor, vocabulary: Vocabulary) -> None:
-        """`embedding` [vocabulary, d] is the target's: the draft embeds tokens with it."""
+    def __init__(
+        self, network: DraftNetwork, embedding: Tensor, vocabulary: Vocabulary, *, native: bool = True
+    ) -> None:
+        """`embedding` [vocabulary, d] is the target's: the draft embeds tokens with it. With `native` the compiled
+        kernel runs the layer where it can."""
         network = network.to(embedding.device).eval().requires_grad_(False)
         self.network, self.device = network, embedding.device
         d = network.shape.hidden_size
@@ -33,13 +37,25 @@ class Draft:
         slots = torch.tensor([vocabulary.slot(token) for token in range(vocabulary.size)], device=self.device)
         own = network.positions.with_slot(embedding[: vocabulary.size].float(), slots)
         of_token, of_feature = network.fuse.weight.split(d, dim=1)
-        self.token_part = own @ of_token.t() + network.fuse.bias
-        self.feature_part = PackedLinear(of_feature)
-        self.qkv = PackedLinear(torch.cat([network.query.weight, network.key_value.weight]) * scales[0])
-        self.output = PackedLinear(network.output.weight)
-        self.gate_up = PackedLinear(network.gate_up.weight * scales[1])
-        self.down = PackedLinear(network.down.weight)
-        self.last_scale = scales[2]
+        weights = kernel.DraftWeights(
+            token_part=own @ of_token.t() + network.fuse.bias,
+            feature_part=of_feature,
+            qkv=torch.cat([network.query.weight, network.key_value.weight]) * scales[0],
+            output=network.output.weight,
+            gate_up=network.gate_up.weight * scales[1],
+            down=network.down.weight,
+            last_scale=scales[2],
+        )
+        self.native: kernel.NativeDraft | None = None
+        if native and kernel.fits(d, network.head_size, torch.float32, self.device):
+            heads, floor = network.shape.num_heads, float(self.norm.floor)
+            self.native = kernel.NativeDraft(weights, heads, network.head_size, floor)
+            self._terms = [network.positions.term(step) for step in range(network.positions.num_steps)]
+        else:
+            self.token_part, self.last_scale = weights.token_part, weights.last_scale
+            self.feature_part, self.qkv = PackedLinear(of_feature), PackedLinear(weights.qkv)
+            self.output, self.gate_up = PackedLinear(weights.output), PackedLinear(weights.gate_up)
+            self.down = PackedLinear(weights.down)
         self._rotations = network.rotations(1024)
 
     @property
@@ -59,24 +75,64 @@ class Draft:
 
     def read(
         self, tokens: Tensor, features: Tensor, positions: Tensor, step: int, cache: KVCache, at: Write
-    ) -> tuple[Tensor, Tensor]:
-        """Store keys and values of `tokens` [B, n]; returns their z' [B, n, d] and queries [B, n, heads, s]."""
+    ) -> None:
+        """Store keys and values of `tokens` [B, n], read with `features` [B, n, d] at draft step `step`."""
+        self.ask(tokens, features, positions, step, cache, at, tokens[:, :0], Sight(None, None, 1))
+
+    def ask(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        step: int,
+        cache: KVCache,
+        at: Write,
+        asked: Tensor,
+        sight: Sight,
+    ) -> Tensor:
+        """Read as `read` does; output features [B, W, d] of the tokens `asked` [B, W] (places among the n), each
+        seeing what `sight` says of it (`own` [B, W, m], or None: what is committed alone)."""
+        if self.native is not None:
+            return self._ask_native(tokens, features, positions, step, cache, at, asked, sight)
         rows, new = tokens.shape
+        size = features.shape[-1]
         z = self.feature_part.add_to(self.token_part[tokens.flatten()], features.flatten(0, 1))
         z = self.network.positions.with_step(z, step)
         qkv = self.qkv(self.norm(z)).view(rows, new, 3, self.network.shape.num_heads, -1)
         turned = rotate(qkv[:, :, :2], self._rotations[positions].unsqueeze(2))
         cache.write(0, turned[:, :, 1].flatten(0, 1), qkv[:, :, 2].flatten(0, 1), at)
-        return z.view(rows, new, -1), turned[:, :, 0]
-
-    def predict(self, z: Tensor, query: Tensor, mask: Tensor, cache: KVCache, length: int) -> Tensor:
-        """Output features [B, W, d] of the tokens with inputs `z` [B, W, d] and `query` [B, W, heads, s], each seeing
-        the cached positions that `mask` [B, 1, W, T] (additive) allows."""
-        rows, asking, size = z.shape
-        keys, values = cache.read(0, rows, length)
+        if not asked.shape[1]:
+            return features.new_empty(rows, 0, size)
+        assert sight.committed is not None
+        own = sight.own if sight.own is not None else asked.new_zeros(rows, asked.shape[1], 0, dtype=torch.bool)
+        mask = attention_mask(sight.committed, own, sight.reach)
+        index = asked.unsqueeze(-1)
+        x = z.view(rows, new, size).gather(1, index.expand(-1, -1, size)).flatten(0, 1)
+        query = turned[:, :, 0].gather(1, index.unsqueeze(-1).expand(-1, -1, *turned.shape[3:]))
+        keys, values = cache.read(0, rows, sight.reach)
         attended = scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
-        x = self.output.add_to(z.reshape(-1, size), attended.transpose(1, 2).reshape(-1, size))
+        x = self.output.add_to(x, attended.transpose(1, 2).reshape(-1, size))
         gate, up = self.gate_up(self.norm(x)).chunk(2, -1)
         x = self.down.add_to(x, silu(gate) * up)
         out: Tensor = self.norm(x) * self.last_scale
-        return out.view(rows, asking, size)
+        return out.view(*asked.shape, size)
+
+    def _ask_native(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        step: int,
+        cache: KVCache,
+        at: Write,
+        asked: Tensor,
+        sight: Sight,
+    ) -> Tensor:
+        assert self.native is not None
+        (rows, new), wanted = tokens.shape, asked.shape
+        places = kernel.Places.asked(at, positions, wanted, sight)
+        flat = asked + new * torch.arange(rows)[:, None]
+        term = self._terms[min(step, len(self._terms) - 1)]
+        read = (tokens.flatten(), features.flatten(0, 1), places, flat.flatten(), term)
+        out = self.native(*read, cache.data, self._rotations)
+        return out.view(*wanted, self.native.size)

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from model.native.kernel import StepTerm
+
 Tensor = torch.Tensor
 StepMode = Literal["none", "ungated", "gated"]
 
@@ -37,6 +39,16 @@ class PositionAware(nn.Module):
             return embedded
         shifted: Tensor = embedded + self.alpha * self.item(slots)
         return shifted
+
+    def term(self, step: int) -> StepTerm | None:
+        """What `with_step` adds at a step, with the step's part of the gate worked out."""
+        if self.step is None:
+            return None
+        embedding = self.step.weight.detach()[step].contiguous()
+        if self.gate is None:
+            return StepTerm(embedding, None, 0.0)
+        context, own = self.gate.weight.detach()[0].chunk(2)
+        return StepTerm(embedding, context.contiguous(), float(embedding @ own + self.gate.bias.detach()))
 
     def with_step(self, fused: Tensor, step: int) -> Tensor:
         """z' from fused inputs [..., d]; steps past the last trained one use the last one's embedding."""

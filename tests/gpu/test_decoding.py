@@ -16,7 +16,7 @@ from model.decoding.request import CategoryFilter, ListRequest
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.item_trie import ItemTrie
-from model.kv_cache import Write
+from model.kv_cache import Sight, Write
 from model.semantic_id import Vocabulary
 from model.target import Target
 
@@ -50,7 +50,7 @@ def test_logits_equal_transformers(model: Any) -> None:
     tokens = torch.randint(3, target.vocabulary.size, (2, 12), device="cuda")
     positions = torch.arange(12, device="cuda").expand(2, -1)
     at = Write(torch.arange(2, device="cuda")[:, None], positions)
-    output = target(tokens, positions, target.new_cache(2, 12), at, None, 12)
+    output = target(tokens, positions, target.new_cache(2, 12), at, Sight(None, None, 12))
     expected = model(tokens).logits[..., 3:]
     assert torch.allclose(target.item_logits(output.hidden), expected, atol=1e-3, rtol=1e-3)
 

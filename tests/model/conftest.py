@@ -78,7 +78,7 @@ def tiny() -> Tiny:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=16,
         initializer_range=0.3,
     )
     codes = [item.codes for item in catalog.items]

@@ -1,6 +1,6 @@
 import torch
 
-from model.kv_cache import KVCache, Write
+from model.kv_cache import KVCache, Sight, Write, attention_mask
 
 
 def test_accepted_tokens_move_into_place_and_others_are_dead() -> None:
@@ -35,3 +35,33 @@ def test_padding_is_left_out_and_comes_back_as_zero() -> None:
     cache = KVCache(1, 2, 9, 1, 1)
     cache.write(0, tokens.view(3, 1, 1) + 1, tokens.view(3, 1, 1), at)
     assert cache.data[0, 0, :, 0, :, 0].nonzero().tolist() == [[0, 0], [0, 1], [1, 5]]
+
+
+def test_everything_committed_is_seen_and_then_only_what_is_allowed() -> None:
+    own = torch.tensor([[[True, False], [True, True]]]).expand(2, -1, -1)
+    visible = attention_mask(torch.tensor([3, 1]), own, 5)[:, 0] == 0
+    assert visible[0].tolist() == [[True, True, True, True, False], [True] * 5]
+    assert visible[1].tolist() == [[True, True, False, False, False], [True, True, True, False, False]]
+
+
+def test_one_row_gets_the_mask_it_would_get_in_a_batch() -> None:
+    own = torch.rand(1, 3, 4) > 0.5
+    batch = attention_mask(torch.tensor([6, 6]), own.expand(2, -1, -1), 10)
+    assert torch.equal(attention_mask(torch.tensor([6]), own, 10), batch[:1])
+
+
+def test_padding_sees_something_so_that_no_softmax_is_over_nothing() -> None:
+    mask = attention_mask(torch.tensor([0, 2]), torch.zeros(2, 1, 0, dtype=torch.bool), 4)
+    assert bool(torch.softmax(mask, -1).isfinite().all())
+
+
+def test_without_own_a_token_sees_those_before_it_and_itself() -> None:
+    positions = torch.tensor([[3, 4, 5], [1, 2, 3]])
+    at = Write(torch.tensor([[0], [1]]), positions)
+    mask = Sight(torch.tensor([3, 1]), None, 6).mask(at)
+    assert mask is not None
+    for row in range(2):
+        for token in range(3):
+            visible = (mask[row, 0, token] == 0).nonzero().flatten().tolist()
+            assert visible == list(range(int(positions[row, token]) + 1))
+    assert Sight(None, None, 6).mask(at) is None

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from model.kv_cache import Write
+from model.kv_cache import Sight, Write
 from model.semantic_id import Vocabulary
 from model.target import CheckpointError, Target
 
-VOCABULARY = Vocabulary((5, 4, 3), (20, 30, 40), 9, (1, 2), 50)
+VOCABULARY = Vocabulary((5, 4, 3), (20, 30, 40), 9, (1, 2), 3, 50)
 SHAPE: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -65,10 +65,9 @@ def test_logits_equal_transformers_for_a_checkpoint_directory(name: str, tmp_pat
     positions, rows = torch.arange(17).expand(3, -1), torch.arange(3)[:, None]
     cache = target.new_cache(3, 20)
     # Prefill of eleven tokens, then the rest under a mask over the cache.
-    first = target(tokens[:, :11], positions[:, :11], cache, Write(rows, positions[:, :11]), None, 11)
-    mask = torch.zeros(3, 1, 6, 17)
-    mask.masked_fill_(positions[:1, None, :].expand(1, 6, 17) > positions[:1, 11:, None], float("-inf"))
-    rest = target(tokens[:, 11:], positions[:, 11:], cache, Write(rows, positions[:, 11:]), mask, 17)
+    first = target(tokens[:, :11], positions[:, :11], cache, Write(rows, positions[:, :11]), Sight(None, None, 11))
+    sight = Sight(torch.full((3,), 11), None, 17)
+    rest = target(tokens[:, 11:], positions[:, 11:], cache, Write(rows, positions[:, 11:]), sight)
     logits = target.item_logits(torch.cat([first.hidden, rest.hidden], dim=1))
     assert torch.allclose(logits, expected, atol=2e-4, rtol=1e-4)
 
@@ -79,9 +78,8 @@ def test_features_are_the_layers_outputs_as_transformers_names_them(tmp_path: Pa
     target = Target.load(tmp_path, VOCABULARY)
     tokens, positions = torch.randint(0, 50, (1, 9)), torch.arange(9)[None]
     states = model(tokens, output_hidden_states=True).hidden_states
-    output = target(
-        tokens, positions, target.new_cache(1, 9), Write(positions[:, :1], positions, 0, 0), None, 9, (0, 2)
-    )
+    at = Write(positions[:, :1], positions, 0, 0)
+    output = target(tokens, positions, target.new_cache(1, 9), at, Sight(None, None, 9), (0, 2))
     assert torch.allclose(output.features[0], states[1], atol=1e-4)
     assert torch.allclose(output.features[1], states[3], atol=1e-4)
 

@@ -1,0 +1,386 @@
+/* The target's pass and the draft's step on a CPU: one call each instead of hundreds.
+ *
+ * At the sizes served here a tensor operation costs as much as its arithmetic, and a pass of a few tokens is made of
+ * hundreds. Here the same layers (see model/layer.py, the twin this is tested against) run as loops over packed weights.
+ * Every sum is taken in an order that depends on the token alone: its own inputs, and the tokens it sees, in their
+ * order. So a token's result is the same to the last bit whatever else is in the pass: alone, in a batch, guessed or
+ * written. Knows no tries, requests or models: pointers and sizes.
+ *
+ * fp32. Weights are packed in panels of PANEL output columns: panel p holds w[p * PANEL + c][k] at [k][c].
+ */
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+#define PANEL 64
+#define ROWS 6
+#define INLINE static inline __attribute__((always_inline))
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+
+struct Layer {
+    const float *qkv, *qkv_bias, *qk_scale, *output, *output_bias, *gate_up, *down;
+};
+
+struct Model {
+    int64_t layers, size, heads, kv_heads, head_size, feed;
+    float norm_floor, head_floor;
+    const Layer *layer;
+    const float *embedding, *norm_scale;
+};
+
+/* Tokens of one pass over a cache of `rows` rows of `positions`. `row`, `at`: where each is stored; `position`: its
+ * rotary position. It sees positions 0..committed-1 of its row, and committed + seen[i] for the first `seeing` (at most
+ * `extra`) entries of its line of `seen`, which begins `stride` entries after the line before. */
+struct Pass {
+    int64_t tokens, rows, positions, extra, stride, num_features;
+    const int64_t *token, *row, *at, *position, *committed, *seeing, *feature_layers;
+    const int32_t *seen;
+    const float *rotations;
+    float *cache, *scratch, *hidden;
+    float **features;
+};
+
+/* A draft: one layer on a fused input, token_part[token] + feature_part * feature. */
+struct Draft {
+    int64_t size, heads, head_size, feed;
+    float norm_floor;
+    const float *token_part, *feature_part, *qkv, *output, *gate_up, *down, *last_scale;
+};
+
+/* Tokens read by a draft, and the `asking` ones among them (`asked`) whose output is wanted; `committed`, `seeing` and
+ * `seen` are those of the asking ones. `step`: what the draft step adds (may be null), times the gate
+ * sigmoid(context . z + gate) (context may be null: times 1). */
+struct Reading {
+    int64_t tokens, asking, rows, positions, extra, stride;
+    const int64_t *token, *row, *at, *position, *asked, *committed, *seeing;
+    const int32_t *seen;
+    const float *features, *rotations, *step, *context;
+    float gate;
+    float *cache, *scratch, *out;
+};
+
+enum Mode { STORE, ADD, GATE };
+
+INLINE v16 load(const float *p) { return *(const v16 *)p; }
+INLINE void store(float *p, v16 v) { *(v16 *)p = v; }
+INLINE v16 splat(float x) { return x - v16{}; }
+
+/* e^x by Cephes' polynomial, relative error below 2e-7. */
+INLINE v16 exp16(v16 x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
+    x = x < splat(-87.0f) ? splat(-87.0f) : x;
+    x = x > splat(88.0f) ? splat(88.0f) : x;
+    v16 t = x * splat(1.44269504f) + splat(shift);
+    v16 n = t - splat(shift);
+    v16 r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+    v16 p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    i16 power = ((i16)t - (i16)splat(shift)) << 23;
+    return (v16)((i16)p + power);
+}
+
+INLINE float sum16(v16 v) {
+    float lanes[16], s[4];
+    store(lanes, v);
+    for (int i = 0; i < 4; i++) s[i] = (lanes[i] + lanes[i + 4]) + (lanes[i + 8] + lanes[i + 12]);
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+INLINE float dot(const float *a, const float *b, int64_t n) {
+    v16 s = load(a) * load(b);
+    for (int64_t i = 16; i < n; i += 16) s += load(a + i) * load(b + i);
+    return sum16(s);
+}
+
+/* `count` rows of x [., in] times one panel of w; `mode` says what becomes of the `columns` results. */
+template <Mode mode, int count>
+INLINE void panel_rows(const float *x, int64_t ldx, const float *w, int64_t in, float *y, int64_t ldy, int64_t columns,
+                       const float *bias) {
+    v16 acc[count][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++)
+        for (int c = 0; c < 4; c++) acc[r][c] = v16{};
+    for (int64_t k = 0; k < in; k++, w += PANEL) {
+        v16 w0 = load(w), w1 = load(w + 16), w2 = load(w + 32), w3 = load(w + 48);
+#pragma GCC unroll 6
+        for (int r = 0; r < count; r++) {
+            v16 a = splat(x[r * ldx + k]);
+            acc[r][0] += a * w0;
+            acc[r][1] += a * w1;
+            acc[r][2] += a * w2;
+            acc[r][3] += a * w3;
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++) {
+        float *out = y + r * ldy;
+        if (mode == GATE) { /* 32 gates, then 32 values */
+            for (int c = 0; c < 2; c++) {
+                v16 g = acc[r][c];
+                store(out + 16 * c, g / (splat(1.0f) + exp16(-g)) * acc[r][c + 2]);
+            }
+            continue;
+        }
+        if (bias)
+            for (int c = 0; c < 4; c++) acc[r][c] += load(bias + 16 * c);
+        if (columns >= PANEL) {
+            for (int c = 0; c < 4; c++) store(out + 16 * c, mode == ADD ? load(out + 16 * c) + acc[r][c] : acc[r][c]);
+        } else {
+            float tail[PANEL];
+            for (int c = 0; c < 4; c++) store(tail + 16 * c, acc[r][c]);
+            for (int64_t c = 0; c < columns; c++) out[c] = mode == ADD ? out[c] + tail[c] : tail[c];
+        }
+    }
+}
+
+/* y [n, out] (or its sum with y, or the gated product of it) of x [n, in]. Work-shared over panels and row blocks. */
+template <Mode mode>
+static void linear(const float *x, int64_t ldx, const float *w, int64_t in, float *y, int64_t ldy, int64_t out,
+                   const float *bias, int64_t n) {
+    const int64_t panels = (out + PANEL - 1) / PANEL, block = 24 * ROWS, blocks = (n + block - 1) / block;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t end = (b + 1) * block < n ? (b + 1) * block : n;
+            const float *panel = w + p * PANEL * in;
+            const float *own_bias = bias ? bias + p * PANEL : 0;
+            float *to = y + p * (mode == GATE ? PANEL / 2 : PANEL);
+            const int64_t left = out - p * PANEL;
+            int64_t r = b * block;
+#define BLOCK(count) \
+    panel_rows<mode, count>(x + r * ldx, ldx, panel, in, to + r * ldy, ldy, left, own_bias)
+            for (; r + ROWS <= end; r += ROWS) BLOCK(ROWS);
+            switch (end - r) {
+            case 5: BLOCK(5); break;
+            case 4: BLOCK(4); break;
+            case 3: BLOCK(3); break;
+            case 2: BLOCK(2); break;
+            case 1: BLOCK(1); break;
+            }
+#undef BLOCK
+        }
+}
+
+/* y = x / hypot(|x|, floor): RMSNorm with its scale folded into whatever reads y. */
+INLINE void unit(const float *x, float *y, int64_t n, float floor_, const float *scale) {
+    const v16 f = splat(1.0f / sqrtf(dot(x, x, n) + floor_ * floor_));
+    for (int64_t i = 0; i < n; i += 16) store(y + i, scale ? load(x + i) * f * load(scale + i) : load(x + i) * f);
+}
+
+INLINE void rotate(float *x, const float *rotation, int64_t n) {
+    for (int64_t i = 0; i < n; i += 2) {
+        const float a = x[i], b = x[i + 1], c = rotation[i], s = rotation[i + 1];
+        x[i] = a * c - b * s;
+        x[i + 1] = a * s + b * c;
+    }
+}
+
+INLINE v16 halves(const v16 *pair, i16 low, i16 high) {
+    return __builtin_shuffle(pair[0], pair[1], low) + __builtin_shuffle(pair[0], pair[1], high);
+}
+
+/* The sums of sixteen vectors' lanes. Every one is added up in the same order, wherever it lies among the sixteen. */
+INLINE v16 sums16(v16 *v) {
+    const i16 low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, high8 = low8 + 8;
+    const i16 low4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}, high4 = low4 + 4;
+    const i16 low2 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}, high2 = low2 + 2;
+    const i16 low1 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, high1 = low1 + 1;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) v[i] = halves(v + 2 * i, low8, high8);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) v[i] = halves(v + 2 * i, low4, high4);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) v[i] = halves(v + 2 * i, low2, high2);
+    return halves(v, low1, high1);
+}
+
+/* One query over the keys and values [T, n] it sees. */
+INLINE void attend(const float *query, const float *keys, const float *values, int64_t n, int64_t committed,
+                   const int32_t *seen, int64_t seeing, float *score, float *out) {
+    const int64_t count = committed + seeing;
+    const v16 scale = splat(1.0f / sqrtf((float)n));
+    float highest = -INFINITY, total = 0.0f;
+    for (int64_t j = 0; j < count; j += 16) {
+        v16 products[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const int64_t k = j + i < count ? j + i : count - 1; /* whole vectors: the last one again, unused */
+            const float *key = keys + (k < committed ? k : committed + seen[k - committed]) * n;
+            products[i] = load(query) * load(key);
+            for (int64_t c = 16; c < n; c += 16) products[i] += load(query + c) * load(key + c);
+        }
+        store(score + j, sums16(products) * scale);
+    }
+    for (int64_t j = 0; j < count; j++)
+        if (score[j] > highest) highest = score[j];
+    for (int64_t j = 0; j < count; j += 16) store(score + j, exp16(load(score + j) - splat(highest)));
+    v16 mixed[16];
+    for (int64_t c = 0; c < n / 16; c++) mixed[c] = v16{};
+    for (int64_t j = 0; j < count; j++) {
+        const int64_t place = j < committed ? j : committed + seen[j - committed];
+        const v16 share = splat(score[j]);
+        total += score[j];
+        for (int64_t c = 0; c < n / 16; c++) mixed[c] += share * load(values + place * n + 16 * c);
+    }
+    for (int64_t c = 0; c < n / 16; c++) store(out + 16 * c, mixed[c] / splat(total));
+}
+
+INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+extern "C" {
+
+/* Floats of scratch that a pass of n tokens with `threads` threads needs. */
+int64_t padrec_scratch(const Model *m, int64_t n, int64_t positions, int64_t extra, int64_t threads) {
+    const int64_t width = (m->heads + 2 * m->kv_heads) * m->head_size;
+    const int64_t mixed = m->heads * m->head_size;
+    return n * (m->size * 2 + padded(width, PANEL) + mixed + padded(m->feed, PANEL / 2)) +
+           threads * (positions + extra + 16);
+}
+
+INLINE bool outside(const int64_t *row, const int64_t *at, int64_t n, int64_t rows, int64_t positions) {
+    for (int64_t t = 0; t < n; t++)
+        if (row[t] < 0 || row[t] >= rows || at[t] < 0 || at[t] >= positions) return true;
+    return false;
+}
+
+/* `hidden` [n, size] after the last norm; the outputs of `feature_layers`, the last layer's replaced by `hidden`.
+ * Returns 1, having done nothing, when a token would be stored outside the cache. */
+int padrec_pass(const Model *m, const Pass *p, int threads) {
+    if (outside(p->row, p->at, p->tokens, p->rows, p->positions)) return 1;
+    const int64_t n = p->tokens, d = m->size, s = m->head_size, q = m->heads, g = m->kv_heads;
+    const int64_t width = (q + 2 * g) * s, wide = padded(width, PANEL), mix = q * s, feed = padded(m->feed, PANEL / 2);
+    const int64_t per_row = g * p->positions * s, per_kind = p->rows * per_row;
+    float *x = p->scratch, *y = x + n * d, *qkv = y + n * d, *mixed = qkv + n * wide, *h = mixed + n * mix;
+    float *scores = h + n * feed;
+#pragma omp parallel num_threads(threads)
+    {
+        float *score = scores + omp_get_thread_num() * (p->positions + p->extra + 16);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < n; t++) memcpy(x + t * d, m->embedding + p->token[t] * d, d * sizeof(float));
+        for (int64_t l = 0; l < m->layers; l++) {
+            const Layer *w = m->layer + l;
+            float *keys = p->cache + l * 2 * per_kind, *values = keys + per_kind;
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < n; t++) unit(x + t * d, y + t * d, d, m->norm_floor, 0);
+            linear<STORE>(y, d, w->qkv, d, qkv, wide, width, w->qkv_bias, n);
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < n; t++) {
+                float *own = qkv + t * wide;
+                const float *rotation = p->rotations + p->position[t] * s;
+                const int64_t to = p->row[t] * per_row + p->at[t] * s;
+                for (int64_t i = 0; i < q + g; i++) {
+                    if (w->qk_scale) unit(own + i * s, own + i * s, s, m->head_floor, w->qk_scale + i * s);
+                    rotate(own + i * s, rotation, s);
+                }
+                for (int64_t i = 0; i < g; i++) {
+                    memcpy(keys + to + i * p->positions * s, own + (q + i) * s, s * sizeof(float));
+                    memcpy(values + to + i * p->positions * s, own + (q + g + i) * s, s * sizeof(float));
+                }
+            }
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t t = 0; t < n; t++)
+                for (int64_t i = 0; i < q; i++) {
+                    const int64_t from = p->row[t] * per_row + i / (q / g) * p->positions * s;
+                    attend(qkv + t * wide + i * s, keys + from, values + from, s, p->committed[t],
+                           p->seen + t * p->stride, p->seeing[t], score, mixed + t * mix + i * s);
+                }
+            linear<ADD>(mixed, mix, w->output, mix, x, d, d, w->output_bias, n);
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < n; t++) unit(x + t * d, y + t * d, d, m->norm_floor, 0);
+            linear<GATE>(y, d, w->gate_up, d, h, feed, 2 * feed, 0, n);
+            linear<ADD>(h, feed, w->down, m->feed, x, d, d, 0, n);
+            for (int64_t f = 0; f < p->num_features; f++)
+                if (p->feature_layers[f] == l && l < m->layers - 1) {
+#pragma omp for schedule(static)
+                    for (int64_t t = 0; t < n; t++) memcpy(p->features[f] + t * d, x + t * d, d * sizeof(float));
+                }
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < n; t++) {
+            unit(x + t * d, p->hidden + t * d, d, m->norm_floor, m->norm_scale);
+            for (int64_t f = 0; f < p->num_features; f++)
+                if (p->feature_layers[f] == m->layers - 1)
+                    memcpy(p->features[f] + t * d, p->hidden + t * d, d * sizeof(float));
+        }
+    }
+    return 0;
+}
+
+/* Floats of scratch that reading n tokens, `asking` of them asked, needs. */
+int64_t padrec_reading_scratch(const Draft *m, int64_t n, int64_t asking, int64_t positions, int64_t extra,
+                               int64_t threads) {
+    return n * (m->size * 2 + padded(3 * m->heads * m->head_size, PANEL)) +
+           asking * (m->size + m->heads * m->head_size + padded(m->feed, PANEL / 2)) +
+           threads * (positions + extra + 16);
+}
+
+/* Stores keys and values of all tokens; `out` [asking, size] after the last norm. Returns 1 as padrec_pass does. */
+int padrec_read(const Draft *m, const Reading *p, int threads) {
+    if (outside(p->row, p->at, p->tokens, p->rows, p->positions)) return 1;
+    const int64_t n = p->tokens, asking = p->asking, d = m->size, s = m->head_size, q = m->heads, mix = q * s;
+    const int64_t wide = padded(3 * mix, PANEL), feed = padded(m->feed, PANEL / 2);
+    const int64_t per_row = q * p->positions * s;
+    float *z = p->scratch, *y = z + n * d, *qkv = y + n * d, *x = qkv + n * wide, *mixed = x + asking * d;
+    float *h = mixed + asking * mix, *scores = h + asking * feed;
+    float *keys = p->cache, *values = keys + p->rows * per_row;
+#pragma omp parallel num_threads(threads)
+    {
+        float *score = scores + omp_get_thread_num() * (p->positions + p->extra + 16);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < n; t++) memcpy(z + t * d, m->token_part + p->token[t] * d, d * sizeof(float));
+        linear<ADD>(p->features, d, m->feature_part, d, z, d, d, 0, n);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < n; t++) {
+            float *own = z + t * d;
+            if (p->step) {
+                const float open = p->context ? 1.0f / (1.0f + expf(-(dot(own, p->context, d) + p->gate))) : 1.0f;
+                for (int64_t i = 0; i < d; i += 16) store(own + i, load(own + i) + splat(open) * load(p->step + i));
+            }
+            unit(own, y + t * d, d, m->norm_floor, 0);
+        }
+        linear<STORE>(y, d, m->qkv, d, qkv, wide, 3 * mix, 0, n);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < n; t++) {
+            float *own = qkv + t * wide;
+            const int64_t to = p->row[t] * per_row + p->at[t] * s;
+            for (int64_t i = 0; i < 2 * q; i++) rotate(own + i * s, p->rotations + p->position[t] * s, s);
+            for (int64_t i = 0; i < q; i++) {
+                memcpy(keys + to + i * p->positions * s, own + (q + i) * s, s * sizeof(float));
+                memcpy(values + to + i * p->positions * s, own + (2 * q + i) * s, s * sizeof(float));
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t a = 0; a < asking; a++) {
+            const int64_t t = p->asked[a];
+            memcpy(x + a * d, z + t * d, d * sizeof(float));
+            for (int64_t i = 0; i < q; i++) {
+                const int64_t from = p->row[t] * per_row + i * p->positions * s;
+                attend(qkv + t * wide + i * s, keys + from, values + from, s, p->committed[a], p->seen + a * p->stride,
+                       p->seeing[a], score, mixed + a * mix + i * s);
+            }
+        }
+        linear<ADD>(mixed, mix, m->output, mix, x, d, d, 0, asking);
+#pragma omp for schedule(static)
+        for (int64_t a = 0; a < asking; a++) unit(x + a * d, y + a * d, d, m->norm_floor, 0);
+        linear<GATE>(y, d, m->gate_up, d, h, feed, 2 * feed, 0, asking);
+        linear<ADD>(h, feed, m->down, m->feed, x, d, d, 0, asking);
+#pragma omp for schedule(static)
+        for (int64_t a = 0; a < asking; a++) unit(x + a * d, p->out + a * d, d, m->norm_floor, m->last_scale);
+    }
+    return 0;
+}
+
+/* y [n, out] = x [n, in] times packed w, plus bias (may be null). */
+void padrec_linear(const float *x, const float *w, const float *bias, float *y, int64_t n, int64_t in, int64_t out,
+                   int threads) {
+#pragma omp parallel num_threads(threads)
+    linear<STORE>(x, in, w, in, y, out, out, bias, n);
+}
+}

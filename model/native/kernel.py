@@ -1,0 +1,333 @@
+"""Binds kernel.cpp: packs a target's weights for it and runs passes over a row KV cache.
+
+The compiled library is chosen by what the processor can do; where there is none (another processor, no compiler at
+installation) `load` says so and the layers in `model.layer` run, which are also the twin it is tested against.
+Knows pointers and shapes; nothing of tries or requests.
+
+Shapes: N tokens of a pass, d hidden size, H query heads, G key/value heads, s head size, f feed-forward size.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from model.kv_cache import Sight, Write
+from model.layer import LayerWeights
+
+Tensor = torch.Tensor
+PANEL = 64
+VARIANTS = {"AVX512": "v4", "AVX2": "v3"}  # what torch calls the processor -> the x86-64 level compiled for
+MAX_HEAD_SIZE = 256
+_pointer, _number = ctypes.c_void_p, ctypes.c_int64
+
+
+class Places(NamedTuple):
+    """How `kernel.cpp` is told of a Write and a Sight. Where the N tokens of a pass lie, each [N] int64: cache `row`, position stored `at`, rotary `position`. A token
+    sees positions 0..committed-1 of its row, and committed + seen[i] for the first `seeing` entries of its line of
+    `seen` [N or 1, m] int32 (one line: shared by all)."""
+
+    row: Tensor
+    at: Tensor
+    position: Tensor
+    committed: Tensor
+    seeing: Tensor
+    seen: Tensor
+
+    @classmethod
+    def asked(cls, at: Write, positions: Tensor, wanted: torch.Size, sight: Sight) -> "Places":
+        """For a pass that asks only `wanted` [B, W] of its tokens: what they see, among what `own` [B, W, m] allows."""
+        shape, own = at.positions.shape, sight.own
+        committed = at.rows.new_zeros(wanted) if sight.committed is None else sight.committed[:, None].expand(wanted)
+        seeing, seen = at.rows.new_zeros(wanted), torch.empty(1, 0, dtype=torch.int32)
+        if own is not None:
+            seeing, seen = own.sum(-1), own.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int()
+        parts = (at.rows.expand(shape), at.positions, positions, committed, seeing)
+        return cls(*(part.flatten() for part in parts), seen.flatten(0, -2))
+
+    @classmethod
+    def of(cls, at: Write, sight: Sight, positions: Tensor) -> "Places":
+        """`positions` [B, n] are the rotary ones."""
+        rows, new = at.positions.shape
+        shape = (rows, new)
+        committed = at.rows.new_zeros(shape) if sight.committed is None else sight.committed[:, None].expand(shape)
+        if sight.own is None:
+            seeing, seen = torch.arange(1, new + 1).expand(shape), torch.arange(new, dtype=torch.int32)[None]
+        else:
+            seeing = sight.own.sum(-1)
+            seen = at.compact(sight.own.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int())
+        parts = (at.rows.expand(shape), at.positions, positions, committed, seeing)
+        return cls(*(at.compact(part) for part in parts), seen)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, _pointer) for name in LayerWeights._fields]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("layers", "size", "heads", "kv_heads", "head_size", "feed")),
+        *((name, ctypes.c_float) for name in ("norm_floor", "head_floor")),
+        *((name, _pointer) for name in ("layer", "embedding", "norm_scale")),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("tokens", "rows", "positions", "extra", "stride", "num_features")),
+        *((name, _pointer) for name in ("token", "row", "at", "position", "committed", "seeing", "feature_layers")),
+        *((name, _pointer) for name in ("seen", "rotations", "cache", "scratch", "hidden", "features")),
+    ]
+
+
+class _Draft(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("size", "heads", "head_size", "feed")),
+        ("norm_floor", ctypes.c_float),
+        *((name, _pointer) for name in ("token_part", "feature_part", "qkv", "output", "gate_up", "down")),
+        ("last_scale", _pointer),
+    ]
+
+
+class _Reading(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("tokens", "asking", "rows", "positions", "extra", "stride")),
+        *((name, _pointer) for name in ("token", "row", "at", "position", "asked", "committed", "seeing")),
+        *((name, _pointer) for name in ("seen", "features", "rotations", "step", "context")),
+        ("gate", ctypes.c_float),
+        *((name, _pointer) for name in ("cache", "scratch", "out")),
+    ]
+
+
+@cache
+def load() -> Any | None:
+    """The compiled library, or None."""
+    variant = VARIANTS.get(torch.backends.cpu.get_cpu_capability())
+    found = sorted(Path(__file__).parent.glob(f"_kernel_{variant}*.so"))
+    if not found:
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    library.padrec_scratch.restype = _number
+    library.padrec_scratch.argtypes = [_pointer, _number, _number, _number, _number]
+    library.padrec_pass.argtypes = [_pointer, _pointer, ctypes.c_int]
+    library.padrec_reading_scratch.restype = _number
+    library.padrec_reading_scratch.argtypes = [_pointer] + [_number] * 5
+    library.padrec_read.argtypes = [_pointer, _pointer, ctypes.c_int]
+    library.padrec_linear.argtypes = [_pointer] * 4 + [_number] * 3 + [ctypes.c_int]
+    return library
+
+
+def fits(size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel is there and can run such a model."""
+    whole = size % 16 == 0 and head_size % 16 == 0 and head_size <= MAX_HEAD_SIZE
+    return whole and dtype == torch.float32 and device.type == "cpu" and load() is not None
+
+
+def pack(weight: Tensor) -> Tensor:
+    """[out, in] to panels [ceil(out / PANEL), in, PANEL], zeros behind the last row."""
+    rows, columns = weight.shape
+    padded = torch.zeros(-(-rows // PANEL) * PANEL, columns)
+    padded[:rows] = weight
+    return padded.view(-1, PANEL, columns).transpose(1, 2).contiguous()
+
+
+def pack_gated(gate_up: Tensor) -> Tensor:
+    """[2 f, in] to panels of PANEL / 2 gates and the PANEL / 2 values they act on."""
+    half, (feed, columns) = PANEL // 2, (gate_up.shape[0] // 2, gate_up.shape[1])
+    parts = []
+    for part in gate_up.split(feed):
+        padded = torch.zeros(-(-feed // half) * half, columns)
+        padded[:feed] = part
+        parts.append(padded.view(-1, half, columns))
+    return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
+
+
+class NativeLinear:
+    """`x @ weight.T (+ bias)` whose rows do not depend on their company, to the last bit."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight.detach()
+        self.out, self.columns = weight.shape
+        self.packed = pack(self.weight)
+        self.bias = None if bias is None else _padded_bias(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [m, in] float32."""
+        library, x = load(), x.contiguous()
+        assert library is not None
+        out = torch.empty(x.shape[0], self.out)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        sizes = (x.shape[0], self.columns, self.out, torch.get_num_threads())
+        library.padrec_linear(x.data_ptr(), self.packed.data_ptr(), bias, out.data_ptr(), *sizes)
+        return out
+
+
+class NativeTarget:
+    """The layers of a target, and its last norm."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        embedding: Tensor,
+        norm_scale: Tensor,
+        heads: tuple[int, int, int],
+        floors: tuple[float, float],
+    ) -> None:
+        """`heads`: H, G, s; `floors`: the epsilons of the norms over d and over s (see `model.layer.UnitNorm`)."""
+        self.size = embedding.shape[1]
+        self._kept: list[Tensor] = [embedding.contiguous(), norm_scale.contiguous()]
+        packed = (_Layer * len(layers))(*(self._packed(layer) for layer in layers))
+        self._layers = packed
+        feed = layers[0].down.shape[1]
+        self._model = _Model(
+            len(layers),
+            self.size,
+            *heads,
+            feed,
+            *floors,
+            ctypes.addressof(packed),
+            self._kept[0].data_ptr(),
+            self._kept[1].data_ptr(),
+        )
+        self._scratch = torch.empty(0)
+
+    def __call__(
+        self, tokens: Tensor, places: Places, cache: Tensor, rotations: Tensor, features: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`tokens` [N]; `cache` [layers, 2, R, G, T, s]; `rotations` complex [positions, s/2]. Returns the hidden
+        states [N, d] after the last norm and the outputs [N, d] of the layers `features`."""
+        library = load()
+        assert library is not None
+        rows, positions = cache.shape[2], cache.shape[4]
+        count, extra, threads = len(tokens), places.seen.shape[1], torch.get_num_threads()
+        held = [tokens.contiguous(), *(tensor.contiguous() for tensor in places)]
+        needed = library.padrec_scratch(ctypes.byref(self._model), count, positions, extra, threads)
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed)
+        outputs = torch.empty(1 + len(features), count, self.size)
+        layers = (_number * len(features))(*features)
+        into = (_pointer * len(features))(*(output.data_ptr() for output in outputs[1:]))
+        one = _Pass(
+            count,
+            rows,
+            positions,
+            extra,
+            extra if len(places.seen) > 1 else 0,
+            len(features),
+            *(tensor.data_ptr() for tensor in held[:6]),
+            ctypes.addressof(layers),
+            held[6].data_ptr(),
+            rotations.data_ptr(),
+            cache.data_ptr(),
+            self._scratch.data_ptr(),
+            outputs.data_ptr(),
+            ctypes.addressof(into),
+        )
+        if library.padrec_pass(ctypes.byref(self._model), ctypes.byref(one), threads):
+            raise IndexError("a token would be stored outside the cache")
+        return outputs[0], list(outputs[1:])
+
+    def _packed(self, layer: LayerWeights) -> _Layer:
+        tensors = LayerWeights(
+            pack(layer.qkv),
+            None if layer.qkv_bias is None else _padded_bias(layer.qkv_bias),
+            None if layer.qk_scale is None else layer.qk_scale.contiguous(),
+            pack(layer.output),
+            None if layer.output_bias is None else _padded_bias(layer.output_bias),
+            pack_gated(layer.gate_up),
+            pack(layer.down),
+        )
+        self._kept += [tensor for tensor in tensors if tensor is not None]
+        return _Layer(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+
+
+class DraftWeights(NamedTuple):
+    """A draft's layer, norm scales folded in (see `model.draft.draft`): `token_part` [V, d], `feature_part` [d, d],
+    `qkv` [3 H s, d], `output` [d, H s], `gate_up` [2 f, d], `down` [d, f], `last_scale` [d]."""
+
+    token_part: Tensor
+    feature_part: Tensor
+    qkv: Tensor
+    output: Tensor
+    gate_up: Tensor
+    down: Tensor
+    last_scale: Tensor
+
+
+class StepTerm(NamedTuple):
+    """What a draft step adds to every input: its `embedding` [d], times sigmoid(context . input + constant); without
+    a `context` [d], times 1."""
+
+    embedding: Tensor
+    context: Tensor | None
+    constant: float
+
+
+class NativeDraft:
+    """A draft's layer over a row KV cache of one layer."""
+
+    def __init__(self, weights: DraftWeights, heads: int, head_size: int, floor: float) -> None:
+        self.size = weights.down.shape[0]
+        self._kept = DraftWeights(
+            weights.token_part.contiguous(),
+            *(pack(w) for w in (weights.feature_part, weights.qkv, weights.output)),
+            pack_gated(weights.gate_up),
+            pack(weights.down),
+            weights.last_scale.contiguous(),
+        )
+        pointers = (tensor.data_ptr() for tensor in self._kept)
+        self._model = _Draft(self.size, heads, head_size, weights.down.shape[1], floor, *pointers)
+        self._scratch = torch.empty(0)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        places: Places,
+        asked: Tensor,
+        step: StepTerm | None,
+        cache: Tensor,
+        rotations: Tensor,
+    ) -> Tensor:
+        """Read `tokens` [N] with `features` [N, d]; outputs [A, d] of those `asked` [A]. `committed`, `seeing` and
+        `seen` of `places` are those of the asked tokens, the rest is all tokens'."""
+        library = load()
+        assert library is not None
+        count, asking, threads = len(tokens), len(asked), torch.get_num_threads()
+        rows, positions, extra = cache.shape[2], cache.shape[4], places.seen.shape[1]
+        row, at, position, committed, seeing, seen = (tensor.contiguous() for tensor in places)
+        held = (tokens.contiguous(), row, at, position, asked.contiguous(), committed, seeing, seen)
+        features, out = features.contiguous(), torch.empty(asking, self.size)
+        sizes = (count, asking, positions, extra, threads)
+        needed = library.padrec_reading_scratch(ctypes.byref(self._model), *sizes)
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed)
+        one = _Reading(
+            count,
+            asking,
+            rows,
+            positions,
+            extra,
+            extra if len(seen) > 1 else 0,
+            *(tensor.data_ptr() for tensor in held),
+            features.data_ptr(),
+            rotations.data_ptr(),
+            None if step is None else step.embedding.data_ptr(),
+            None if step is None or step.context is None else step.context.data_ptr(),
+            0.0 if step is None else step.constant,
+            cache.data_ptr(),
+            self._scratch.data_ptr(),
+            out.data_ptr(),
+        )
+        if library.padrec_read(ctypes.byref(self._model), ctypes.byref(one), threads):
+            raise IndexError("a token would be stored outside the cache")
+        return out
+
+
+def _padded_bias(bias: Tensor) -> Tensor:
+    padded = torch.zeros(-(-len(bias) // PANEL) * PANEL)
+    padded[: len(bias)] = bias
+    return padded
