@@ -1,11 +1,13 @@
 """ItemTrie: which codes may come next, as arithmetic on flat sorted arrays.
 
 Items are sorted by semantic ID, so a node is a range of leaves; nodes of one depth lie side by side, so a node's
-children are neighbours. A filter is a prefix sum over leaves; a child is legal while its range holds leaves that pass
-the filter, less those excluded, less those emitted. The cost of a step does not depend on the number of items.
-Knows nothing of models or requests. The slow twin is `legal_codes_by_search`.
+children are neighbours. A filter is a prefix sum over leaves, read at every node; a child is legal while its range
+holds leaves that pass the filter, less those excluded, less those emitted. A step does the same work, on memory as
+close together, whatever the number of items. Knows nothing of models or requests. The slow twin is
+`legal_codes_by_search`.
 
-Shapes: B rows, M nodes a row, C the largest codebook, L levels, N items, E exclusions a row, P items on a path.
+Shapes: B rows, M nodes a row, C the largest codebook, L levels, N items, V nodes, E exclusions a row, P items on a
+path, F filters.
 """
 
 from collections.abc import Collection, Sequence
@@ -23,7 +25,7 @@ ANY_NODE = 2  # the root's first child: what padding steps into
 
 
 class Availability(NamedTuple):
-    """What each row may still emit. `passing` [F, N+1] prefix sums of filters, `filter_slot` [B] rows of it,
+    """What each row may still emit. `passing` [F, V] of filters (`ItemTrie.passing`), `filter_slot` [B] rows of it,
     `excluded` [B, E] ascending leaves that pass the row's filter, padded with N."""
 
     passing: Tensor
@@ -79,10 +81,10 @@ class ItemTrie:
         )
         self.num_nodes = len(self.depth)
         self.first_leaf = self.num_nodes - 2 - len(codes)
-        first_column = np.array([0, *np.cumsum([0, *sizes[:-1]])], dtype=np.int32)
+        first_column = np.array([0, *np.cumsum([0, *sizes[:-1]])])
         self.column = torch.from_numpy(tables[3] + first_column[tables[4]]).to(device)
         self._window = torch.arange(vocabulary.max_codebook_size + 1, device=device)
-        self._places = torch.arange(self.num_levels + 1, device=device)
+        self._places = torch.arange(self.num_levels + 1, device=device) - 1
         self._one = torch.ones(1, dtype=torch.int64, device=device)
 
     @property
@@ -113,43 +115,39 @@ class ItemTrie:
     def children(self, nodes: Tensor, may: Availability, path: Tensor | None = None) -> Children:
         """Children of `nodes` [B, M] given what the rows may emit. `path` [B, M, P] holds leaves emitted on the way
         to each node and not yet in `may.excluded` (N where none). Leaves (depth L) have no children."""
-        first, last = self.first_child.take(nodes), self.first_child.take(nodes + 1)
-        index = torch.minimum(first.unsqueeze(-1) + self._window, last.unsqueeze(-1))
+        node = nodes.unsqueeze(-1)
+        first, last = self.first_child.take(node), self.first_child.take(node + 1)
+        index = torch.minimum(first + self._window, last)
         bounds = self.leaf_start.take(index)
         # With slot 0 alone there is no filter in use, and what passes before a node is every leaf before it.
         before = bounds
         if len(may.passing) > 1:
             before = may.passing.view(-1).take(index + (may.filter_slot * self.num_nodes).view(-1, 1, 1))
-        gone = self._gone(bounds, may.excluded, path)
-        return Children(index[..., :-1], before[..., 1:] - before[..., :-1] - gone)
-
-    def _gone(self, bounds: Tensor, excluded: Tensor, path: Tensor | None) -> Tensor:
-        """How many leaves of `excluded` [B, E] and `path` [B, M, P] lie below each child, [B, M, C], given the leaves
-        `bounds` [B, M, C+1] where the children start. The shorter list is looked up in the longer one."""
-        rows, nodes, width = bounds.shape
-        if excluded.shape[1] > width:
-            before = torch.searchsorted(excluded, bounds.flatten(1)).view_as(bounds)
-            if path is not None:
-                before += (path.unsqueeze(-2) < bounds.unsqueeze(-1)).sum(-1)
-            return before[..., 1:] - before[..., :-1]
-        everywhere = excluded.unsqueeze(1).expand(-1, nodes, -1)
-        leaves = torch.cat([everywhere] if path is None else [everywhere, path], dim=-1)
+        excluded = may.excluded
+        if path is None or not path.shape[-1] or excluded.shape[1] > bounds.shape[-1]:
+            banned = torch.searchsorted(excluded, bounds.flatten(1)).view_as(bounds)
+            if path is not None and path.shape[-1]:
+                banned += (path.unsqueeze(-2) < bounds.unsqueeze(-1)).sum(-1)
+            before = before - banned
+            return Children(index[..., :-1], before[..., 1:] - before[..., :-1])
+        # Fewer exclusions than children: those are looked up among these, and the path with them.
+        leaves = torch.cat([excluded.unsqueeze(1).expand(-1, nodes.shape[1], -1), path], dim=-1)
         place = torch.searchsorted(bounds, leaves, right=True)
-        # Place 0 lies before the first child, the last one (padding too) behind the last child.
-        count = bounds.new_zeros(rows, nodes, width + 1)
-        return count.scatter_add_(-1, place, self._one.expand_as(place))[..., 1:-1]
+        # Place 0 lies before the first child, the last place (padding too) behind the last child.
+        gone = bounds.new_zeros(*nodes.shape, bounds.shape[-1] + 1).scatter_add_(-1, place, self._one.expand_as(place))
+        return Children(index[..., :-1], before[..., 1:] - before[..., :-1] - gone[..., 1:-1])
 
     def run(self, chosen: Tensor, forced: bool = True) -> Run:
         """The run that starts with stepping into the nodes `chosen` [B, M]: on through single children to the end of
         the item and its separator. Without `forced`, the chosen token alone (the separator stays a token of its own:
         the end node of a completed item is then its leaf)."""
         end = self.run_end.take(chosen).long() if forced else chosen
-        leaf = self.leaf_start.take(end)
+        leaf, depth = self.leaf_start.take(end), self.depth.take(chosen)
         done = end >= self.first_leaf
         # Tokens of the item from the chosen one on: a row of `item_tokens` read from the chosen depth.
-        place = leaf * (self.num_levels + 1) + self.depth.take(chosen) - 1
+        place = leaf * (self.num_levels + 1) + depth
         tokens = self.item_tokens.take(place.unsqueeze(-1) + self._places).long()
-        length = (self.depth.take(end) - self.depth.take(chosen) + 1).long()
+        length = self.depth.take(end) - depth + self._one
         if forced:
             length += done
             end = end.masked_fill(done, ROOT)
@@ -171,7 +169,8 @@ def _node_tables(
     columns: npt.NDArray[np.unsignedinteger], starts: list[npt.NDArray[np.int64]]
 ) -> tuple[npt.NDArray[np.signedinteger], ...]:
     """leaf_start, first_child, run_end, code, depth [V] of all nodes, depth by depth, a sentinel after each depth so
-    that `first_child[node + 1]` ends a node's children and `leaf_start[end]` ends their leaves."""
+    that `first_child[node + 1]` ends a node's children and `leaf_start[end]` ends their leaves. What a mask step uses
+    as an index is int64: converting it would cost a small batch more than the bytes are worth."""
     num_levels, num_items = columns.shape
     offsets = np.cumsum([0] + [len(start) + 1 for start in starts])
     # One entry past the last sentinel, so that `first_child[node + 1]` exists for it too.

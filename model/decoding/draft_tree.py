@@ -101,7 +101,7 @@ def write_at(positions: Tensor) -> Write:
 
 def legal_logits(target: Target, trie: ItemTrie, hidden: Tensor, children: Children) -> Tensor:
     """Logits [B, G, C] of the `children` of G nodes, -inf where not legal, from `hidden` [B, G, d]."""
-    logits = target.item_logits(hidden).gather(-1, trie.column.take(children.nodes).long())
+    logits = target.item_logits(hidden).gather(-1, trie.column.take(children.nodes))
     return logits.masked_fill_(children.available <= 0, float("-inf"))
 
 

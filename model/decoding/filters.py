@@ -1,4 +1,4 @@
-"""FilterTable: filters compiled to prefix sums over leaves, shared by the rows that use them.
+"""FilterTable: filters compiled to counts of passing leaves, shared by the rows that use them.
 
 Slot 0 is "every item in stock"; a further slot is taken per distinct filter and kept until another needs the room.
 Knows catalogs and tries; nothing of models.
@@ -20,7 +20,7 @@ Key = tuple[tuple[str, CategoryFilter | RangeFilter], ...]
 
 
 class FilterTable:
-    """`passing` [F, N+1] on the trie's device. One slot more than rows, so that every row can have a filter."""
+    """`passing` [F, V] on the trie's device. One slot more than rows, so that every row can have a filter."""
 
     def __init__(self, catalog: Catalog, trie: ItemTrie, num_rows: int) -> None:
         self.trie, self.num_slots = trie, num_rows + 1
