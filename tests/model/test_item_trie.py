@@ -98,8 +98,37 @@ def test_every_item_has_a_leaf_and_nothing_else_does() -> None:
     assert [tuple(c) for c in trie.sorted_codes.tolist()] == [codes[i] for i in trie.item_of_leaf] == sorted(codes)
     assert trie.leaf((1, 0, 0, 0)) is None
     assert trie.leaf((0, 0, 0)) is None
+    assert trie.leaf((256, 0, 0, 0)) is None
+    assert trie.leaf((-256, 0, 0, 0)) is None
 
 
 def test_equal_semantic_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="distinct"):
         build([(0, 0, 0, 0), (0, 0, 0, 0)])
+
+
+@pytest.mark.parametrize("code", [-1, 4])
+def test_codes_outside_their_codebook_are_refused(code: int) -> None:
+    with pytest.raises(ValueError, match="codebooks"):
+        build([(0, 0, 0, 0), (code, 0, 0, 0)])
+
+
+def test_wide_codebooks_sort_and_search_like_narrow_ones() -> None:
+    rng = random.Random(0)
+    codes = [(rng.randrange(70_000), rng.randrange(300), rng.randrange(2)) for _ in range(500)]
+    trie = ItemTrie(np.array(codes), Vocabulary.compact((70_000, 300, 2)))
+    assert trie.sorted_codes.tolist() == [list(c) for c in sorted(codes)]
+    assert [trie.leaf(c) for c in sorted(codes)] == list(range(500))
+    leaf = trie.run(torch.tensor([[trie.first_leaf + 7]])).leaf
+    assert int(leaf) == 7
+
+
+@settings(max_examples=50, deadline=None)
+@given(catalogs())
+def test_what_passes_before_a_node_is_counted_leaf_by_leaf(drawn: Drawn) -> None:
+    codes, failing = drawn
+    trie = build(codes)
+    mask = np.ones(len(codes), dtype=bool)
+    mask[failing] = False
+    assert trie.passing(mask).tolist() == [int(mask[:start].sum()) for start in trie.leaf_start.tolist()]
+    assert trie.passing().tolist() == trie.leaf_start.tolist()
