@@ -93,15 +93,17 @@ class ItemTrie:
 
     def leaf(self, codes: Codes) -> int | None:
         """Leaf of an item, or None when no item has these codes."""
+        if len(codes) != self.num_levels:
+            return None
         low, high = 0, self.num_items
-        narrow = self.sorted_codes.dtype
+        narrow = self.sorted_codes.dtype.type  # a wider number would have the whole column copied
         for level, code in enumerate(codes):
             if not 0 <= code < self.vocabulary.codebook_sizes[level]:
                 return None
             column = self.sorted_codes[low:high, level]
-            code = narrow.type(code)  # a wider number would have the whole column copied
-            low, high = low + int(np.searchsorted(column, code)), low + int(np.searchsorted(column, code, "right"))
-        return low if high - low == 1 and len(codes) == self.num_levels else None
+            below, above = np.searchsorted(column, narrow(code)), np.searchsorted(column, narrow(code), "right")
+            low, high = low + int(below), low + int(above)
+        return low if high - low == 1 else None
 
     def passing(self, leaves: npt.NDArray[np.bool_] | None = None) -> Tensor:
         """How many of the leaves before each node pass a filter, [V]; without a filter every leaf passes. By node, not

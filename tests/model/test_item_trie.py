@@ -98,6 +98,7 @@ def test_every_item_has_a_leaf_and_nothing_else_does() -> None:
     assert [tuple(c) for c in trie.sorted_codes.tolist()] == [codes[i] for i in trie.item_of_leaf] == sorted(codes)
     assert trie.leaf((1, 0, 0, 0)) is None
     assert trie.leaf((0, 0, 0)) is None
+    assert trie.leaf((0, 0, 0, 0, 0)) is None
     assert trie.leaf((256, 0, 0, 0)) is None
     assert trie.leaf((-256, 0, 0, 0)) is None
 
