@@ -10,6 +10,7 @@ Shapes: B rows, M nodes a row, C the largest codebook, L levels, N items, V node
 path, F filters.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -69,6 +70,8 @@ class ItemTrie:
         self.vocabulary, self.num_items, self.num_levels = vocabulary, len(codes), len(sizes)
         self.item_of_leaf = order.astype(np.int32)
         self.sorted_codes = np.ascontiguousarray(columns.T)
+        # For one look-up at a time NumPy's search is slow, and copies a column that is not of the code's type.
+        self._columns = [self.sorted_codes[:, level].data for level in range(self.num_levels)]
         # Rows of tokens, and one item's worth of padding: a run is read a whole row wide from wherever it starts.
         tokens = np.full((len(codes) + 1, self.num_levels + 1), vocabulary.separator, dtype=np.int32)
         tokens[:-1, :-1] = self.sorted_codes
@@ -96,13 +99,8 @@ class ItemTrie:
         if len(codes) != self.num_levels:
             return None
         low, high = 0, self.num_items
-        narrow = self.sorted_codes.dtype.type  # a wider number would have the whole column copied
-        for level, code in enumerate(codes):
-            if not 0 <= code < self.vocabulary.codebook_sizes[level]:
-                return None
-            column = self.sorted_codes[low:high, level]
-            below, above = np.searchsorted(column, narrow(code)), np.searchsorted(column, narrow(code), "right")
-            low, high = low + int(below), low + int(above)
+        for column, code in zip(self._columns, codes, strict=True):
+            low, high = bisect_left(column, code, low, high), bisect_right(column, code, low, high)
         return low if high - low == 1 else None
 
     def passing(self, leaves: npt.NDArray[np.bool_] | None = None) -> Tensor:
