@@ -61,14 +61,13 @@ class Catalog:
         for item in self.items:
             for name, value in item.attributes.items():
                 if isinstance(value, list):
-                    entry = schema.setdefault(name, {"type": "categories", "values": []})
-                    entry["values"] += [v for v in value if v not in entry["values"]]
+                    schema.setdefault(name, {"type": "categories", "values": set()})["values"].update(value)
                 else:
                     entry = schema.setdefault(name, {"type": "number", "min": value, "max": value})
                     entry["min"], entry["max"] = min(entry["min"], value), max(entry["max"], value)
         for entry in schema.values():
             if "values" in entry:
-                entry["values"].sort()
+                entry["values"] = sorted(entry["values"])
         return dict(sorted(schema.items()))
 
     def save(self, path: Path) -> None:

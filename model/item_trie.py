@@ -1,13 +1,16 @@
 """ItemTrie: which codes may come next, as arithmetic on flat sorted arrays.
 
 Items are sorted by semantic ID, so a node is a range of leaves; nodes of one depth lie side by side, so a node's
-children are neighbours. A filter is a prefix sum over leaves; a child is legal while its range holds leaves that pass
-the filter, less those excluded, less those emitted. The cost of a step does not depend on the number of items.
-Knows nothing of models or requests. The slow twin is `legal_codes_by_search`.
+children are neighbours. A filter is a prefix sum over leaves, read at every node; a child is legal while its range
+holds leaves that pass the filter, less those excluded, less those emitted. A step does the same work, on memory as
+close together, whatever the number of items. Knows nothing of models or requests. The slow twin is
+`legal_codes_by_search`.
 
-Shapes: B rows, M nodes a row, C the largest codebook, L levels, N items, E exclusions a row, P items on a path.
+Shapes: B rows, M nodes a row, C the largest codebook, L levels, N items, V nodes, E exclusions a row, P items on a
+path, F filters.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ ANY_NODE = 2  # the root's first child: what padding steps into
 
 
 class Availability(NamedTuple):
-    """What each row may still emit. `passing` [F, N+1] prefix sums of filters, `filter_slot` [B] rows of it,
+    """What each row may still emit. `passing` [F, V] of filters (`ItemTrie.passing`), `filter_slot` [B] rows of it,
     `excluded` [B, E] ascending leaves that pass the row's filter, padded with N."""
 
     passing: Tensor
@@ -53,34 +56,39 @@ class ItemTrie:
     """Prefix tree of all valid semantic IDs."""
 
     def __init__(self, codes: npt.NDArray[np.int64], vocabulary: Vocabulary, device: torch.device | str = "cpu"):
-        """`codes` [N, L] in any order, distinct. Raises ValueError otherwise."""
-        order = np.lexsort(codes.T[::-1])
-        ordered = codes[order]
-        changed = np.ones((len(codes), codes.shape[1] + 1), dtype=bool)
-        changed[1:, 0] = False
-        changed[1:, 1:] = np.logical_or.accumulate(ordered[1:] != ordered[:-1], axis=1)
-        if not changed[:, -1].all():
+        """`codes` [N, L] in any order, distinct, inside the codebooks. Raises ValueError otherwise."""
+        sizes = np.array(vocabulary.codebook_sizes)
+        if codes.min() < 0 or (codes.max(axis=0) >= sizes).any():
+            raise ValueError("codes must lie inside their codebooks")
+        # In the narrowest type the sort is a radix sort, and everything after it moves fewer bytes.
+        columns = codes.T.astype(np.min_scalar_type(sizes.max() - 1))
+        order = np.lexsort(columns[::-1])
+        columns = columns[:, order]
+        starts = _node_starts(columns)
+        if len(starts[-1]) != len(codes):
             raise ValueError("semantic IDs must be distinct")
-        self.vocabulary, self.num_items, self.num_levels = vocabulary, len(codes), codes.shape[1]
-        self.leaf_of_item = np.empty(len(codes), dtype=np.int64)
-        self.leaf_of_item[order] = np.arange(len(codes))
-        self.item_of_leaf = order
-        self.sorted_codes = ordered
-        tables = _node_tables(ordered, changed)
-        self.num_nodes = len(tables[0])
-        self.leaf_start, self.first_child, self.code, self.depth, self.run_end = (
-            torch.from_numpy(t).to(device) for t in tables
+        self.vocabulary, self.num_items, self.num_levels = vocabulary, len(codes), len(sizes)
+        self.item_of_leaf = order.astype(np.int32)
+        self.sorted_codes = np.ascontiguousarray(columns.T)
+        # For one look-up at a time NumPy's search is slow, and copies a column that is not of the code's type.
+        self._columns = [self.sorted_codes[:, level].data for level in range(self.num_levels)]
+        # Rows of tokens, and one item's worth of padding: a run is read a whole row wide from wherever it starts.
+        tokens = np.full((len(codes) + 1, self.num_levels + 1), vocabulary.list_separator, dtype=np.int32)
+        tokens[:-1, :-1] = self.sorted_codes
+        tokens[:-1, :-1] += np.array(vocabulary.level_offsets, dtype=np.int32)
+        tokens[-1] = tokens[-2]
+        self.item_tokens = torch.from_numpy(tokens).to(device)
+        tables = _node_tables(columns, starts)
+        self.leaf_start, self.first_child, self.run_end, self.code, self.depth = (
+            torch.from_numpy(table).to(device) for table in tables
         )
-        tokens = ordered + np.array(vocabulary.level_offsets)
-        separators = np.full((len(codes), 1), vocabulary.list_separator)
-        rows = np.concatenate([tokens, separators], axis=1)
-        # One item's worth of padding: a run is read a whole row wide from wherever it starts.
-        self.item_tokens = torch.from_numpy(np.append(rows, rows[-1:])).to(device)
-        self.first_leaf = int(self.num_nodes - 2 - len(codes))
-        columns = np.cumsum([0, *vocabulary.codebook_sizes])
-        self.column = self.code + torch.from_numpy(columns[:-1])[(self.depth.cpu() - 1).clamp(min=0)].to(device)
+        self.num_nodes = len(self.depth)
+        self.first_leaf = self.num_nodes - 2 - len(codes)
+        first_column = np.array([0, *np.cumsum([0, *sizes[:-1]])])
+        self.column = torch.from_numpy(tables[3] + first_column[tables[4]]).to(device)
         self._window = torch.arange(vocabulary.max_codebook_size + 1, device=device)
-        self._places = torch.arange(self.num_levels + 1, device=device)
+        self._places = torch.arange(self.num_levels + 1, device=device) - 1
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -88,78 +96,104 @@ class ItemTrie:
 
     def leaf(self, codes: Codes) -> int | None:
         """Leaf of an item, or None when no item has these codes."""
+        if len(codes) != self.num_levels:
+            return None
         low, high = 0, self.num_items
-        for level, code in enumerate(codes):
-            column = self.sorted_codes[low:high, level]
-            low, high = low + int(np.searchsorted(column, code)), low + int(np.searchsorted(column, code, "right"))
-        return low if high - low == 1 and len(codes) == self.num_levels else None
+        for column, code in zip(self._columns, codes, strict=True):
+            low, high = bisect_left(column, code, low, high), bisect_right(column, code, low, high)
+        return low if high - low == 1 else None
 
     def passing(self, leaves: npt.NDArray[np.bool_] | None = None) -> Tensor:
-        """Prefix sum [N+1] of a filter over leaves; without a filter every leaf passes."""
-        mask = np.ones(self.num_items, dtype=bool) if leaves is None else leaves
+        """How many of the leaves before each node pass a filter, [V]; without a filter every leaf passes. By node, not
+        by leaf: a node's children are neighbours, the leaves where they start may be a million apart."""
+        if leaves is None:
+            return self.leaf_start.int()
         sums = np.zeros(self.num_items + 1, dtype=np.int32)
-        np.cumsum(mask, out=sums[1:])
-        return torch.from_numpy(sums).to(self.device)
+        np.cumsum(leaves, out=sums[1:])
+        return torch.from_numpy(sums).to(self.device).take(self.leaf_start)
 
     def children(self, nodes: Tensor, may: Availability, path: Tensor | None = None) -> Children:
         """Children of `nodes` [B, M] given what the rows may emit. `path` [B, M, P] holds leaves emitted on the way
         to each node and not yet in `may.excluded` (N where none). Leaves (depth L) have no children."""
-        first, last = self.first_child.take(nodes), self.first_child.take(nodes + 1)
-        index = torch.minimum(first.unsqueeze(-1) + self._window, last.unsqueeze(-1))
+        node = nodes.unsqueeze(-1)
+        first, last = self.first_child.take(node), self.first_child.take(node + 1)
+        index = torch.minimum(first + self._window, last)
         bounds = self.leaf_start.take(index)
-        banned = torch.searchsorted(may.excluded, bounds.flatten(1)).view_as(bounds)
-        if path is not None and path.shape[-1]:
-            banned += (path.unsqueeze(-2) < bounds.unsqueeze(-1)).sum(-1)
-        # With slot 0 alone there is no filter in use, and its prefix sum is the identity.
-        before = may.passing[may.filter_slot[:, None, None], bounds] if len(may.passing) > 1 else bounds
-        before = before - banned
-        return Children(index[..., :-1], before[..., 1:] - before[..., :-1])
+        # With slot 0 alone there is no filter in use, and what passes before a node is every leaf before it.
+        before = bounds
+        if len(may.passing) > 1:
+            before = may.passing.view(-1).take(index + (may.filter_slot * self.num_nodes).view(-1, 1, 1))
+        excluded = may.excluded
+        if path is None or not path.shape[-1] or excluded.shape[1] > bounds.shape[-1]:
+            banned = torch.searchsorted(excluded, bounds.flatten(1)).view_as(bounds)
+            if path is not None and path.shape[-1]:
+                banned += (path.unsqueeze(-2) < bounds.unsqueeze(-1)).sum(-1)
+            before = before - banned
+            return Children(index[..., :-1], before[..., 1:] - before[..., :-1])
+        # Fewer exclusions than children: those are looked up among these, and the path with them.
+        leaves = torch.cat([excluded.unsqueeze(1).expand(-1, nodes.shape[1], -1), path], dim=-1)
+        place = torch.searchsorted(bounds, leaves, right=True)
+        # Place 0 lies before the first child, the last place (padding too) behind the last child.
+        gone = bounds.new_zeros(*nodes.shape, bounds.shape[-1] + 1).scatter_add_(-1, place, self._one.expand_as(place))
+        return Children(index[..., :-1], before[..., 1:] - before[..., :-1] - gone[..., 1:-1])
 
     def run(self, chosen: Tensor, forced: bool = True) -> Run:
         """The run that starts with stepping into the nodes `chosen` [B, M]: on through single children to the end of
         the item and its separator. Without `forced`, the chosen token alone (the separator stays a token of its own:
         the end node of a completed item is then its leaf)."""
-        end = self.run_end.take(chosen) if forced else chosen
-        leaf = self.leaf_start.take(end)
+        end = self.run_end.take(chosen).long() if forced else chosen
+        leaf, depth = self.leaf_start.take(end), self.depth.take(chosen)
         done = end >= self.first_leaf
         # Tokens of the item from the chosen one on: a row of `item_tokens` read from the chosen depth.
-        place = leaf * (self.num_levels + 1) + self.depth.take(chosen) - 1
-        tokens = self.item_tokens.take(place.unsqueeze(-1) + self._places)
-        length = self.depth.take(end) - self.depth.take(chosen) + 1
+        place = leaf * (self.num_levels + 1) + depth
+        tokens = self.item_tokens.take(place.unsqueeze(-1) + self._places).long()
+        length = self.depth.take(end) - depth + self._one
         if forced:
             length += done
             end = end.masked_fill(done, ROOT)
         return Run(tokens, length, end, leaf.masked_fill(~done, self.num_items))
 
 
-def _node_tables(codes: npt.NDArray[np.int64], changed: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
-    """leaf_start, first_child, code, depth, run_end of all nodes, depth by depth, a sentinel after each depth so that
-    `first_child[node + 1]` ends a node's children and `leaf_start[end]` ends their leaves."""
-    num_items, num_levels = codes.shape
-    starts = [np.flatnonzero(changed[:, d]) for d in range(num_levels + 1)]
-    offsets = np.cumsum([0] + [len(s) + 1 for s in starts])
-    leaf_start: list[npt.ArrayLike] = []
-    first_child: list[npt.ArrayLike] = []
-    code: list[npt.ArrayLike] = []
-    depth: list[npt.ArrayLike] = []
-    for d, start in enumerate(starts):
-        leaf_start += [start, [num_items]]
-        code += [codes[start, d - 1] if d else [0], [0]]
-        depth.append(np.full(len(start) + 1, d))
-        if d < num_levels:
-            ordinal = np.cumsum(changed[:, d + 1]) - 1
-            first_child += [offsets[d + 1] + ordinal[start], [offsets[d + 1] + len(starts[d + 1])]]
-        else:  # an empty range: leaves have no children
-            first_child.append(np.full(len(start) + 1, offsets[-1] - 1))
-    child = np.concatenate(first_child)
-    run_end = np.arange(offsets[-1])
-    for d in range(num_levels - 1, -1, -1):
-        nodes = np.arange(offsets[d], offsets[d + 1] - 1)
-        single = child[nodes + 1] - child[nodes] == 1
-        run_end[nodes[single]] = run_end[child[nodes[single]]]
+def _node_starts(columns: npt.NDArray[np.unsignedinteger]) -> list[npt.NDArray[np.int64]]:
+    """For every depth 0..L the leaves where its nodes start, given the sorted codes as `columns` [L, N]."""
+    changed = np.zeros(columns.shape[1], dtype=bool)
+    changed[0] = True
+    starts = [np.flatnonzero(changed)]
+    for column in columns:
+        changed[1:] |= column[1:] != column[:-1]
+        starts.append(np.flatnonzero(changed))
+    return starts
+
+
+def _node_tables(
+    columns: npt.NDArray[np.unsignedinteger], starts: list[npt.NDArray[np.int64]]
+) -> tuple[npt.NDArray[np.signedinteger], ...]:
+    """leaf_start, first_child, run_end, code, depth [V] of all nodes, depth by depth, a sentinel after each depth so
+    that `first_child[node + 1]` ends a node's children and `leaf_start[end]` ends their leaves. What a mask step uses
+    as an index is int64: converting it would cost a small batch more than the bytes are worth."""
+    num_levels, num_items = columns.shape
+    offsets = np.cumsum([0] + [len(start) + 1 for start in starts])
     # One entry past the last sentinel, so that `first_child[node + 1]` exists for it too.
-    tables = [np.concatenate(leaf_start), child, np.concatenate(code), np.concatenate(depth), run_end]
-    return [np.append(t, t[-1]).astype(np.int64) for t in tables]
+    num_nodes = int(offsets[-1]) + 1
+    leaf_start = np.full(num_nodes, num_items, dtype=np.int64)
+    # To begin with everything is a leaf: an empty range of children, and a run that ends where it is.
+    first_child = np.full(num_nodes, num_nodes - 2, dtype=np.int64)
+    run_end = np.arange(num_nodes, dtype=np.int32)
+    code = np.zeros(num_nodes, dtype=np.int32)
+    depth = np.full(num_nodes, num_levels, dtype=np.int8)
+    for d in range(num_levels, -1, -1):
+        low, high = offsets[d], offsets[d + 1] - 1
+        leaf_start[low:high] = starts[d]
+        depth[low : high + 1] = d
+        if d:
+            code[low:high] = columns[d - 1, starts[d]]
+        if d < num_levels:
+            first_child[low:high] = offsets[d + 1] + np.searchsorted(starts[d + 1], starts[d])
+            first_child[high] = offsets[d + 2] - 1
+            children = first_child[low : high + 1]
+            single = np.flatnonzero(np.diff(children) == 1)
+            run_end[low + single] = run_end[children[single]]
+    return leaf_start, first_child, run_end, code, depth
 
 
 def legal_codes_by_search(items: Sequence[Codes], prefix: Codes, banned: Collection[Codes]) -> list[int]:

@@ -1,15 +1,18 @@
-"""FilterTable: filters compiled to prefix sums over leaves, shared by the rows that use them.
+"""FilterTable: filters compiled to counts of passing leaves, shared by the rows that use them.
 
 Slot 0 is "every item in stock"; a further slot is taken per distinct filter and kept until another needs the room.
-Knows catalogs and tries; nothing of models.
+Attributes are columns, so that a filter new to ten million items does not hold up the rows being decoded: numbers an
+array, categories the leaves of each value. The slow twin is `leaves_by_search`. Knows catalogs and tries; nothing of
+models.
 """
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from model.catalog import Catalog
 from model.decoding.request import CategoryFilter, InvalidRequest, RangeFilter
@@ -17,18 +20,65 @@ from model.item_trie import ItemTrie
 
 Filters = Mapping[str, CategoryFilter | RangeFilter]
 Key = tuple[tuple[str, CategoryFilter | RangeFilter], ...]
+Leaves = npt.NDArray[np.bool_]
+
+
+class Numbers:
+    """A number attribute as an array over leaves. NaN: the item has none."""
+
+    def __init__(self, values: Iterable[float | None]) -> None:
+        self.values = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+    def passing(self, wanted: RangeFilter) -> Leaves:
+        passing = ~np.isnan(self.values)
+        if wanted.minimum is not None:
+            passing &= self.values >= wanted.minimum
+        if wanted.maximum is not None:
+            passing &= self.values <= wanted.maximum
+        return passing
+
+
+class Categories:
+    """A category attribute as the leaves that carry each of its values."""
+
+    def __init__(self, values: Iterable[list[str] | None]) -> None:
+        number: dict[str, int] = {}
+        carried, carrier = array("i"), array("i")
+        self.num_leaves = 0
+        for leaf, of_item in enumerate(values):
+            self.num_leaves += 1
+            for value in of_item or ():
+                carried.append(number.setdefault(value, len(number)))
+                carrier.append(leaf)
+        numbers = np.array(carried, dtype=np.int32)
+        by_value = np.array(carrier, dtype=np.int32)[np.argsort(numbers, kind="stable")]
+        ends = np.bincount(numbers).cumsum()  # nothing lies behind the last one
+        self.leaves = dict(zip(number, np.split(by_value, ends), strict=False))
+
+    def passing(self, wanted: CategoryFilter) -> Leaves:
+        passing = np.zeros(self.num_leaves, dtype=bool)
+        for value in wanted.any_of:
+            if value in self.leaves:
+                passing[self.leaves[value]] = True
+        return passing
 
 
 class FilterTable:
-    """`passing` [F, N+1] on the trie's device. One slot more than rows, so that every row can have a filter."""
+    """`passing` [F, V] on the trie's device. One slot more than rows, so that every row can have a filter."""
 
     def __init__(self, catalog: Catalog, trie: ItemTrie, num_rows: int) -> None:
         self.trie, self.num_slots = trie, num_rows + 1
-        self.passing = trie.passing()[None]
+        self.passing = self._room = trie.passing()[None]
         self._schema = catalog.attribute_schema()
-        self._values = {
-            name: [catalog.items[i].attributes.get(name) for i in trie.item_of_leaf] for name in self._schema
-        }
+        by_leaf = [catalog.items[item].attributes for item in trie.item_of_leaf.tolist()]
+        self._numbers: dict[str, Numbers] = {}
+        self._categories: dict[str, Categories] = {}
+        for name, entry in self._schema.items():
+            values: list[Any] = [attributes.get(name) for attributes in by_leaf]
+            if entry["type"] == "categories":
+                self._categories[name] = Categories(values)
+            else:
+                self._numbers[name] = Numbers(values)
         self._slots: OrderedDict[Key, int] = OrderedDict()
         self._users: dict[int, int] = {}
 
@@ -42,12 +92,15 @@ class FilterTable:
                 need = '"any"' if kind == "categories" else '"min" or "max"'
                 raise InvalidRequest(f"/filters/{name}", f"this attribute is filtered with {need}")
 
-    def leaves(self, filters: Filters) -> npt.NDArray[np.bool_]:
+    def leaves(self, filters: Filters) -> Leaves:
         """Which leaves pass all filters. Raises InvalidRequest naming the filter."""
         self.check(filters)
         passing = np.ones(self.trie.num_items, dtype=bool)
         for name, wanted in filters.items():
-            passing &= np.array([_passes(value, wanted) for value in self._values[name]])
+            if isinstance(wanted, CategoryFilter):
+                passing &= self._categories[name].passing(wanted)
+            else:
+                passing &= self._numbers[name].passing(wanted)
         return passing
 
     def acquire(self, filters: Filters) -> int:
@@ -56,14 +109,13 @@ class FilterTable:
             return 0
         key: Key = tuple(sorted(filters.items(), key=lambda f: f[0]))
         if key not in self._slots:
-            row = self.trie.passing(self.leaves(filters))[None]
+            row = self.trie.passing(self.leaves(filters))
             if len(self.passing) < self.num_slots:
-                self._slots[key] = len(self.passing)
-                self.passing = torch.cat([self.passing, row])
+                self._slots[key] = self._add_slot()
             else:
                 old = next(k for k, slot in self._slots.items() if not self._users.get(slot))
                 self._slots[key] = self._slots.pop(old)
-                self.passing[self._slots[key]] = row[0]
+            self.passing[self._slots[key]] = row
         self._slots.move_to_end(key)
         slot = self._slots[key]
         self._users[slot] = self._users.get(slot, 0) + 1
@@ -77,6 +129,21 @@ class FilterTable:
     @property
     def in_use(self) -> int:
         return sum(self._users.values())
+
+    def _add_slot(self) -> int:
+        """One more slot; room for them doubles, so that a new filter seldom copies the others."""
+        slot = len(self.passing)
+        if slot == len(self._room):
+            self._room = self.passing.new_empty(min(2 * slot, self.num_slots), self.trie.num_nodes)
+            self._room[:slot] = self.passing
+        self.passing = self._room[: slot + 1]
+        return slot
+
+
+def leaves_by_search(catalog: Catalog, trie: ItemTrie, filters: Filters) -> list[bool]:
+    """The slow twin of `FilterTable.leaves`: look at every item."""
+    items = [catalog.items[item] for item in trie.item_of_leaf.tolist()]
+    return [all(_passes(item.attributes.get(name), wanted) for name, wanted in filters.items()) for item in items]
 
 
 def _passes(value: list[str] | float | None, wanted: CategoryFilter | RangeFilter) -> bool:

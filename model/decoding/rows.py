@@ -101,7 +101,8 @@ class Rows:
         leaves = torch.tensor(sorted(self._leaf(c) for c in banned), dtype=torch.int64)
         slot = self.filters.acquire(request.filters)
         passing = self.filters.passing[slot].cpu()
-        leaves = leaves[passing[leaves + 1] > passing[leaves]]
+        nodes = self.trie.first_leaf + leaves
+        leaves = leaves[passing[nodes + 1] > passing[nodes]]
         available = int(passing[-1]) - len(leaves)
         used = min(len(request.history), self.max_history_items)
         degraded = []

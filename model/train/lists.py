@@ -77,7 +77,7 @@ def write_lists(
 
     def record(rows: Sequence[int], nodes: Tensor, choice: Choice) -> None:
         dense = torch.full((len(nodes), size), float("-inf"))
-        dense.scatter_reduce_(1, trie.code[choice.children.nodes[:, 0]], choice.log_probs[:, 0], "amax")
+        dense.scatter_reduce_(1, trie.code[choice.children.nodes[:, 0]].long(), choice.log_probs[:, 0], "amax")
         for place, index in enumerate(rows):
             row = decoder.rows.held[index]
             if row is not None:

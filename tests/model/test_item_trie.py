@@ -24,12 +24,12 @@ def build(codes: list[Codes]) -> ItemTrie:
     return ItemTrie(np.array(codes), Vocabulary.compact(SIZES))
 
 
-def availability(trie: ItemTrie, banned: list[int], failing: list[int]) -> Availability:
+def availability(trie: ItemTrie, banned: list[int], failing: list[int], padding: int = 3) -> Availability:
     """One row: `failing` leaves do not pass its filter, `banned` ones are excluded."""
     mask = np.ones(trie.num_items, dtype=bool)
     mask[failing] = False
     excluded = sorted({leaf for leaf in banned if mask[leaf]})
-    padded = torch.tensor([[*excluded, *[trie.num_items] * 3]])
+    padded = torch.tensor([[*excluded, *[trie.num_items] * padding]])
     passing = torch.stack([trie.passing(), trie.passing(mask)])
     return Availability(passing, torch.tensor([1]), padded)
 
@@ -49,7 +49,8 @@ def test_legal_children_are_what_a_search_through_all_items_finds(drawn: Drawn, 
     trie = build(codes)
     banned, failing, path = picked[::3], picked[1::3], picked[2::3][:2]
     path = [leaf for leaf in dict.fromkeys(path) if leaf not in banned and leaf not in failing]
-    may = availability(trie, banned, failing)
+    # More exclusions than a node can have children, padding included, are looked up the other way round.
+    may = availability(trie, banned, failing, rng.choice((3, 3 + trie.vocabulary.max_codebook_size)))
     gone = {tuple(trie.sorted_codes[leaf].tolist()) for leaf in (*banned, *failing, *path)}
     prefix = rng.choice(codes)[: rng.randrange(len(SIZES))]
     on_path = torch.tensor([[[*path, *[trie.num_items] * (3 - len(path))]]])
@@ -94,11 +95,41 @@ def test_every_item_has_a_leaf_and_nothing_else_does() -> None:
     codes: list[Codes] = [(3, 2, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0)]
     trie = build(codes)
     assert sorted(trie.leaf(c) or 0 for c in codes) == [0, 1, 2]
-    assert [tuple(trie.sorted_codes[trie.leaf_of_item[i]].tolist()) for i in range(3)] == codes
+    assert [tuple(c) for c in trie.sorted_codes.tolist()] == [codes[i] for i in trie.item_of_leaf] == sorted(codes)
     assert trie.leaf((1, 0, 0, 0)) is None
     assert trie.leaf((0, 0, 0)) is None
+    assert trie.leaf((0, 0, 0, 0, 0)) is None
+    assert trie.leaf((256, 0, 0, 0)) is None
+    assert trie.leaf((-256, 0, 0, 0)) is None
 
 
 def test_equal_semantic_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="distinct"):
         build([(0, 0, 0, 0), (0, 0, 0, 0)])
+
+
+@pytest.mark.parametrize("code", [-1, 4])
+def test_codes_outside_their_codebook_are_refused(code: int) -> None:
+    with pytest.raises(ValueError, match="codebooks"):
+        build([(0, 0, 0, 0), (code, 0, 0, 0)])
+
+
+def test_wide_codebooks_sort_and_search_like_narrow_ones() -> None:
+    rng = random.Random(0)
+    codes = [(rng.randrange(70_000), rng.randrange(300), rng.randrange(2)) for _ in range(500)]
+    trie = ItemTrie(np.array(codes), Vocabulary.compact((70_000, 300, 2)))
+    assert trie.sorted_codes.tolist() == [list(c) for c in sorted(codes)]
+    assert [trie.leaf(c) for c in sorted(codes)] == list(range(500))
+    leaf = trie.run(torch.tensor([[trie.first_leaf + 7]])).leaf
+    assert int(leaf) == 7
+
+
+@settings(max_examples=50, deadline=None)
+@given(catalogs())
+def test_what_passes_before_a_node_is_counted_leaf_by_leaf(drawn: Drawn) -> None:
+    codes, failing = drawn
+    trie = build(codes)
+    mask = np.ones(len(codes), dtype=bool)
+    mask[failing] = False
+    assert trie.passing(mask).tolist() == [int(mask[:start].sum()) for start in trie.leaf_start.tolist()]
+    assert trie.passing().tolist() == trie.leaf_start.tolist()
