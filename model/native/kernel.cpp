@@ -24,17 +24,17 @@ struct Layer {
 };
 
 struct Model {
-    int64_t layers, size, heads, kv_heads, head_size, feed;
+    int64_t vocabulary, layers, size, heads, kv_heads, head_size, feed;
     float norm_floor, head_floor;
     const Layer *layer;
     const float *embedding, *norm_scale;
 };
 
 /* Tokens of one pass over a cache of `rows` rows of `positions`. `row`, `at`: where each is stored; `position`: its
- * rotary position. It sees positions 0..committed-1 of its row, and committed + seen[i] for the first `seeing` (at most
+ * rotary position, below `turns`. It sees positions 0..committed-1 of its row, and committed + seen[i] for the first `seeing` (at most
  * `extra`) entries of its line of `seen`, which begins `stride` entries after the line before. */
 struct Pass {
-    int64_t tokens, rows, positions, extra, stride, num_features;
+    int64_t tokens, rows, positions, turns, extra, stride, num_features;
     const int64_t *token, *row, *at, *position, *committed, *seeing, *feature_layers;
     const int32_t *seen;
     const float *rotations;
@@ -44,7 +44,7 @@ struct Pass {
 
 /* A draft: one layer on a fused input, token_part[token] + feature_part * feature. */
 struct Draft {
-    int64_t size, heads, head_size, feed;
+    int64_t vocabulary, size, heads, head_size, feed;
     float norm_floor;
     const float *token_part, *feature_part, *qkv, *output, *gate_up, *down, *last_scale;
 };
@@ -53,7 +53,7 @@ struct Draft {
  * `seen` are those of the asking ones. `step`: what the draft step adds (may be null), times the gate
  * sigmoid(context . z + gate) (context may be null: times 1). */
 struct Reading {
-    int64_t tokens, asking, rows, positions, extra, stride;
+    int64_t tokens, asking, rows, positions, turns, extra, stride;
     const int64_t *token, *row, *at, *position, *asked, *committed, *seeing;
     const int32_t *seen;
     const float *features, *rotations, *step, *context;
@@ -234,6 +234,27 @@ INLINE void attend(const float *query, const float *keys, const float *values, i
 
 INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+/* Whether any of n numbers lies outside 0..end-1. */
+INLINE bool outside(const int64_t *numbers, int64_t n, int64_t end) {
+    for (int64_t t = 0; t < n; t++)
+        if (numbers[t] < 0 || numbers[t] >= end) return true;
+    return false;
+}
+
+template <class Work> INLINE bool impossible(const Work *p, int64_t asking, int64_t vocabulary) {
+    const int64_t n = p->tokens;
+    if (outside(p->token, n, vocabulary) || outside(p->row, n, p->rows) || outside(p->at, n, p->positions)) return true;
+    if (outside(p->position, n, p->turns) || outside(p->seeing, asking, p->extra + 1)) return true;
+    for (int64_t a = 0; a < asking; a++) {
+        if (p->committed[a] < 0 || p->committed[a] > p->positions) return true;
+        for (int64_t i = 0; i < p->seeing[a]; i++) {
+            const int64_t place = p->committed[a] + p->seen[a * p->stride + i];
+            if (place < 0 || place >= p->positions) return true;
+        }
+    }
+    return false;
+}
+
 extern "C" {
 
 /* Floats of scratch that a pass of n tokens with `threads` threads needs. */
@@ -244,16 +265,10 @@ int64_t padrec_scratch(const Model *m, int64_t n, int64_t positions, int64_t ext
            threads * (positions + extra + 16);
 }
 
-INLINE bool outside(const int64_t *row, const int64_t *at, int64_t n, int64_t rows, int64_t positions) {
-    for (int64_t t = 0; t < n; t++)
-        if (row[t] < 0 || row[t] >= rows || at[t] < 0 || at[t] >= positions) return true;
-    return false;
-}
-
 /* `hidden` [n, size] after the last norm; the outputs of `feature_layers`, the last layer's replaced by `hidden`.
- * Returns 1, having done nothing, when a token would be stored outside the cache. */
+ * Returns 1, having done nothing, when a number points outside the cache or a table. */
 int padrec_pass(const Model *m, const Pass *p, int threads) {
-    if (outside(p->row, p->at, p->tokens, p->rows, p->positions)) return 1;
+    if (impossible(p, p->tokens, m->vocabulary)) return 1;
     const int64_t n = p->tokens, d = m->size, s = m->head_size, q = m->heads, g = m->kv_heads;
     const int64_t width = (q + 2 * g) * s, wide = padded(width, PANEL), mix = q * s, feed = padded(m->feed, PANEL / 2);
     const int64_t per_row = g * p->positions * s, per_kind = p->rows * per_row;
@@ -323,7 +338,7 @@ int64_t padrec_reading_scratch(const Draft *m, int64_t n, int64_t asking, int64_
 
 /* Stores keys and values of all tokens; `out` [asking, size] after the last norm. Returns 1 as padrec_pass does. */
 int padrec_read(const Draft *m, const Reading *p, int threads) {
-    if (outside(p->row, p->at, p->tokens, p->rows, p->positions)) return 1;
+    if (impossible(p, p->asking, m->vocabulary) || outside(p->asked, p->asking, p->tokens)) return 1;
     const int64_t n = p->tokens, asking = p->asking, d = m->size, s = m->head_size, q = m->heads, mix = q * s;
     const int64_t wide = padded(3 * mix, PANEL), feed = padded(m->feed, PANEL / 2);
     const int64_t per_row = q * p->positions * s;

@@ -69,7 +69,7 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((name, _number) for name in ("layers", "size", "heads", "kv_heads", "head_size", "feed")),
+        *((name, _number) for name in ("vocabulary", "layers", "size", "heads", "kv_heads", "head_size", "feed")),
         *((name, ctypes.c_float) for name in ("norm_floor", "head_floor")),
         *((name, _pointer) for name in ("layer", "embedding", "norm_scale")),
     ]
@@ -77,7 +77,7 @@ class _Model(ctypes.Structure):
 
 class _Pass(ctypes.Structure):
     _fields_ = [
-        *((name, _number) for name in ("tokens", "rows", "positions", "extra", "stride", "num_features")),
+        *((name, _number) for name in ("tokens", "rows", "positions", "turns", "extra", "stride", "num_features")),
         *((name, _pointer) for name in ("token", "row", "at", "position", "committed", "seeing", "feature_layers")),
         *((name, _pointer) for name in ("seen", "rotations", "cache", "scratch", "hidden", "features")),
     ]
@@ -85,7 +85,7 @@ class _Pass(ctypes.Structure):
 
 class _Draft(ctypes.Structure):
     _fields_ = [
-        *((name, _number) for name in ("size", "heads", "head_size", "feed")),
+        *((name, _number) for name in ("vocabulary", "size", "heads", "head_size", "feed")),
         ("norm_floor", ctypes.c_float),
         *((name, _pointer) for name in ("token_part", "feature_part", "qkv", "output", "gate_up", "down")),
         ("last_scale", _pointer),
@@ -94,7 +94,7 @@ class _Draft(ctypes.Structure):
 
 class _Reading(ctypes.Structure):
     _fields_ = [
-        *((name, _number) for name in ("tokens", "asking", "rows", "positions", "extra", "stride")),
+        *((name, _number) for name in ("tokens", "asking", "rows", "positions", "turns", "extra", "stride")),
         *((name, _pointer) for name in ("token", "row", "at", "position", "asked", "committed", "seeing")),
         *((name, _pointer) for name in ("seen", "features", "rotations", "step", "context")),
         ("gate", ctypes.c_float),
@@ -183,6 +183,7 @@ class NativeTarget:
         self._layers = packed
         feed = layers[0].down.shape[1]
         self._model = _Model(
+            len(embedding),
             len(layers),
             self.size,
             *heads,
@@ -203,7 +204,7 @@ class NativeTarget:
         assert library is not None
         rows, positions = cache.shape[2], cache.shape[4]
         count, extra, threads = len(tokens), places.seen.shape[1], torch.get_num_threads()
-        held = [tokens.contiguous(), *(tensor.contiguous() for tensor in places)]
+        held = [tokens.long().contiguous(), *_ready(places)]
         needed = library.padrec_scratch(ctypes.byref(self._model), count, positions, extra, threads)
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed)
@@ -214,6 +215,7 @@ class NativeTarget:
             count,
             rows,
             positions,
+            len(rotations),
             extra,
             extra if len(places.seen) > 1 else 0,
             len(features),
@@ -227,7 +229,7 @@ class NativeTarget:
             ctypes.addressof(into),
         )
         if library.padrec_pass(ctypes.byref(self._model), ctypes.byref(one), threads):
-            raise IndexError("a token would be stored outside the cache")
+            raise IndexError("a token, row or position lies outside the model or its cache")
         return outputs[0], list(outputs[1:])
 
     def _packed(self, layer: LayerWeights) -> _Layer:
@@ -279,7 +281,7 @@ class NativeDraft:
             weights.last_scale.contiguous(),
         )
         pointers = (tensor.data_ptr() for tensor in self._kept)
-        self._model = _Draft(self.size, heads, head_size, weights.down.shape[1], floor, *pointers)
+        self._model = _Draft(len(weights.token_part), self.size, heads, head_size, weights.down.shape[1], floor, *pointers)
         self._scratch = torch.empty(0)
 
     def __call__(
@@ -298,8 +300,8 @@ class NativeDraft:
         assert library is not None
         count, asking, threads = len(tokens), len(asked), torch.get_num_threads()
         rows, positions, extra = cache.shape[2], cache.shape[4], places.seen.shape[1]
-        row, at, position, committed, seeing, seen = (tensor.contiguous() for tensor in places)
-        held = (tokens.contiguous(), row, at, position, asked.contiguous(), committed, seeing, seen)
+        row, at, position, committed, seeing, seen = _ready(places)
+        held = (tokens.long().contiguous(), row, at, position, asked.contiguous(), committed, seeing, seen)
         features, out = features.contiguous(), torch.empty(asking, self.size)
         sizes = (count, asking, positions, extra, threads)
         needed = library.padrec_reading_scratch(ctypes.byref(self._model), *sizes)
@@ -310,6 +312,7 @@ class NativeDraft:
             asking,
             rows,
             positions,
+            len(rotations),
             extra,
             extra if len(seen) > 1 else 0,
             *(tensor.data_ptr() for tensor in held),
@@ -323,8 +326,13 @@ class NativeDraft:
             out.data_ptr(),
         )
         if library.padrec_read(ctypes.byref(self._model), ctypes.byref(one), threads):
-            raise IndexError("a token would be stored outside the cache")
+            raise IndexError("a token, row or position lies outside the model or its cache")
         return out
+
+
+def _ready(places: Places) -> list[Tensor]:
+    """As the kernel reads them: nothing there knows of types or strides."""
+    return [*(tensor.long().contiguous() for tensor in places[:-1]), places.seen.int().contiguous()]
 
 
 def _padded_bias(bias: Tensor) -> Tensor:

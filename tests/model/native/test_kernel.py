@@ -183,11 +183,22 @@ def test_a_draft_reads_and_answers_as_torch_does(steps: StepMode) -> None:
         assert torch.allclose(*outputs, atol=3e-4)
 
 
-def test_a_token_outside_the_cache_is_refused_and_nothing_is_written() -> None:
+def test_what_points_outside_is_refused_and_nothing_is_written() -> None:
     native, _ = pair(CONFIGS["llama"])
     cache = native.new_cache(2, 6)
-    tokens, positions = torch.randint(0, VOCABULARY.size, (1, 7)), torch.arange(7)[None]
-    for rows in (torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[2]])):
+    row, places = torch.zeros(1, 1, dtype=torch.int64), torch.arange(6)[None]
+    tokens, first = torch.randint(0, VOCABULARY.size, (1, 6)), Sight(None, None, 6)
+    wrong = [
+        (tokens, places, Write(row, places + 1), first),
+        (tokens, places, Write(row + 2, places), first),
+        (tokens, places, Write(row - 1, places), first),
+        (tokens + VOCABULARY.size, places, Write(row, places), first),
+        (tokens, places + 5000, Write(row, places), first),
+        (tokens, places, Write(row, places), Sight(torch.tensor([1]), None, 6)),
+    ]
+    for inputs, positions, at, sight in wrong:
         with pytest.raises(IndexError, match="outside"):
-            native(tokens, positions, cache, Write(rows, positions), Sight(None, None, 7))
+            native(inputs, positions, cache, at, sight)
     assert not bool(cache.data.any())
+    native(tokens.int(), places, cache, Write(row, places), first)
+    assert bool(cache.data.any())
