@@ -80,7 +80,7 @@ def perturbed(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
 def _likely(tempered: Tensor, top_p: Tensor) -> Tensor:
     """The smallest set of most likely tokens whose mass reaches `top_p`: those before which less than `top_p` lies.
     Ties go to the lowest token: the sort is stable."""
-    probabilities, order = tempered.softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities, order = tempered.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = torch.nn.functional.pad(probabilities.cumsum(-1)[..., :-1], (1, 0))
     kept = (before < top_p) | (top_p >= 1)  # rounding must not cut what nobody asked to cut
     return torch.zeros_like(kept).scatter(-1, order, kept)
