@@ -97,4 +97,4 @@ def draw(log_probs: Sequence[float], noise: Sequence[float], temperature: float,
     if len(ranked) > 1:
         first, second = (tempered[place] + noise[place] for place in ranked[:2])
         margins.append(first - second)
-    return ranked[0], min(margins)
+    return ranked[0], min(margins, default=math.inf)
