@@ -1,8 +1,9 @@
 """ListDecoder: writes lists for many requests at once, round by round, over fixed rows.
 
 A round drafts a tree, verifies it in one target pass, accepts, moves the accepted keys/values into place and hands
-back what each row gained; rows that sample and greedy ones share rounds. Without a draft a round is one pass over the pending run (forced runs), or over one token
-(`forced=False`). Whatever the mode and the company, a row's list is the one `plain.PlainTwin` writes.
+back what each row gained. Without a draft a round is one pass over the pending run (forced runs), or over one token
+(`forced=False`). Greedy rows and rows that sample share rounds. Whatever the mode and the company, a row's list is the
+one `plain.PlainTwin` writes.
 Knows nothing of queues, deadlines or sockets.
 
 Shapes: B rows 0..highest in use, J steps, W width, G = 1 + J W groups, K = J + 1 decisions, Q = L + 1 tokens a run at
@@ -49,8 +50,8 @@ class Budget(NamedTuple):
 
 class Choice(NamedTuple):
     """The target's choice at every group, the best legal child or the one drawn: `best` [B, G] among the children,
-    `node` [B, G] stepped into, `score` [B, G] its log-probability in nats, `log_probs` [B, G, C] of all children (-inf: illegal), and the
-    `children`."""
+    `node` [B, G] stepped into, `score` [B, G] its log-probability in nats, `log_probs` [B, G, C] of all children
+    (-inf: illegal), and the `children`."""
 
     best: Tensor
     node: Tensor

@@ -1,7 +1,8 @@
 """Exact verification of a draft tree: a drafted choice is kept iff it is the one the target makes.
 
 That is the best legal one of a greedy row and the drawn one of a row that samples; `sampling` says why the second
-leaves the target's distribution as it is. Knows choices and groups only; nothing of models, caches or requests. Shapes as in `draft_tree`.
+leaves the target's distribution as it is. Knows choices and groups only; nothing of models, caches or requests.
+Shapes as in `draft_tree`.
 """
 
 from typing import NamedTuple
