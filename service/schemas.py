@@ -21,6 +21,9 @@ ItemId = Annotated[str, Field(min_length=1, max_length=128, pattern=_NO_CONTROLS
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=_NO_CONTROLS)]
 Codes = Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=1, max_length=16)]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]  # what every JSON reader keeps exactly
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -88,6 +91,10 @@ RECOMMEND_EXAMPLES: dict[str, Any] = {
             "deadline_ms": 500,
         },
     },
+    "sampled": {
+        "summary": "Another ten every time, the same ten for the same seed",
+        "value": {"history": ["50", "181", "174", "210"], "k": 10, "temperature": 0.8, "top_p": 0.95, "seed": 7},
+    },
     "cold start": {"summary": "No history: popular items", "value": {"history": [], "k": 3}},
 }
 
@@ -108,7 +115,21 @@ class RecommendRequest(_Body):
     filters: dict[Name, Filter] = Field(default={}, max_length=16)
     strategy: Literal["list"] = "list"
     speculation: Literal["on", "off"] = Field("on", description="Changes the time, not the items.")
-    temperature: float | None = Field(None, ge=0, le=0, description="Only 0 is served.")
+    temperature: Temperature | None = Field(
+        None,
+        description="0, which is also the default, is greedy. Above, every code is drawn from the model's distribution "
+        "over what is legal, its logits divided by this.",
+    )
+    top_p: TopP | None = Field(
+        None,
+        description="Draw among the most likely codes alone, the fewest whose probability reaches this; 1 unless told. "
+        "Without a temperature it changes nothing.",
+    )
+    seed: Seed | None = Field(
+        None,
+        description="The same request with the same seed draws the same items, whatever else is served and whether or "
+        "not there is speculation. A fresh one is taken unless told. Give every user another: equal seeds share luck.",
+    )
     deadline_ms: int | None = Field(None, ge=1, le=60_000)
     fallback: Literal["popular", "none"] = "popular"
     include: list[Literal["semantic_id", "attributes"]] = Field(default=[], max_length=2)
@@ -117,7 +138,9 @@ class RecommendRequest(_Body):
 class RecommendedItem(_Body):
     item_id: str
     rank: int = Field(ge=1)
-    score: float | None = Field(description="Log-probability of the item; null for popular items.")
+    score: float | None = Field(
+        description="Log-probability of the item at temperature 1 without top_p; null for popular items."
+    )
     source: Literal["model", "popular"]
     semantic_id: list[int] | None = None
     attributes: dict[str, Any] | None = None
@@ -198,6 +221,9 @@ class GenerateRequest(_Body):
     filters: dict[Name, Filter] = Field(default={}, max_length=16)
     strategy: Literal["list"] = "list"
     speculation: Literal["on", "off"] = "on"
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: Seed | None = None
     deadline_ms: int = Field(ge=1, le=60_000)
 
 
@@ -280,8 +306,6 @@ def _field_errors(errors: Iterable[Any]) -> list[FieldError]:
 
 
 def _reason(where: str, error: Any) -> str:
-    if where == "/temperature":
-        return "sampling is not served by this version; only 0 is"
     if error["type"] == "extra_forbidden":
         return "is not a known field"
     if error["type"] == "string_pattern_mismatch":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from model.decoding.sampling import Sampling, noise, perturbed
 from model.draft.draft import Draft
 from model.item_trie import ANY_NODE, Availability, Children, ItemTrie, Run
 from model.kv_cache import KVCache, Sight, Write
@@ -23,19 +24,21 @@ Tensor = torch.Tensor
 
 class Root(NamedTuple):
     """Where a tree grows: `feature` [B, d] the draft's output at the last pending token, `node` [B] in the trie,
-    `position` [B] of the next token, `remaining` [B] items the draft may still guess at (0: none)."""
+    `position` [B] of the next token, `remaining` [B] items the draft may still guess at (0: none), `sampling` how the
+    rows draw (None: all greedy)."""
 
     feature: Tensor
     node: Tensor
     position: Tensor
     remaining: Tensor
+    sampling: Sampling | None = None
 
 
 class DraftTree(NamedTuple):
     """Nodes in order of steps: `tokens` [B, M, Q], `length` [B, M] (0: no node), `leaf` [B, M], `node` [B, M] trie
     node after the run, `parent` [B, M] group, `choice` [B, M] index among the parent's children, `slot` [B, M] of the
-    choice, `start` [B, M] position of the first token, `sees` [B, G, G] group visibility (itself included), and the
-    `children` [B, G, C] of every group."""
+    choice, `start` [B, M] position of the first token, `sees` [B, G, G] group visibility (itself included), the
+    `children` [B, G, C] of every group, and the `noise` [B, G, C] they are drawn with (None: all rows are greedy)."""
 
     tokens: Tensor
     length: Tensor
@@ -47,6 +50,7 @@ class DraftTree(NamedTuple):
     start: Tensor
     sees: Tensor
     children: Children
+    noise: Tensor | None = None
 
 
 class Packing(NamedTuple):
@@ -97,7 +101,8 @@ def grow(
     steps: int,
     width: int,
 ) -> DraftTree:
-    """Draft `steps` choices deep. With steps = 0 the tree is empty but for the pending run's children."""
+    """Draft `steps` choices deep. With steps = 0 the tree is empty but for the pending run's children. A row that
+    samples is drafted with the noise the target will draw with."""
     rows, device, places = root.node.shape[0], root.node.device, trie.num_levels + 1
     feature, node = root.feature.unsqueeze(1), root.node.unsqueeze(1)
     position, remaining = root.position.unsqueeze(1), root.remaining.unsqueeze(1)
@@ -109,10 +114,14 @@ def grow(
     windows, grown = [], []
     order = torch.arange(places, device=device)
     present: list[Tensor] = []
+    noises: list[Tensor] = []
     for step in range(steps):
         children = trie.children(node, may, path)
         windows.append(children)
         logits = legal_logits(target, trie, feature, children)
+        if root.sampling:
+            noises.append(noise(root.sampling, trie, node, children, path))
+            logits = perturbed(logits, noises[-1], root.sampling)
         parent, choice, score, valid = _best(logits, score, remaining > 0, width)
         slot = trie.depth[node].gather(1, parent)
         chosen = children.nodes.flatten(1).gather(1, parent * logits.shape[-1] + choice)
@@ -134,15 +143,18 @@ def grow(
             seen = own[:, :, 1 : 1 + (step + 1) * width].unsqueeze(-1) & torch.cat(present, 1).unsqueeze(1)
             feature = _draft_step(draft, cache, root.position, run, length, start, feature, seen.flatten(2), step)
     windows.append(trie.children(node, may, path))
+    if root.sampling:
+        noises.append(noise(root.sampling, trie, node, windows[-1], path))
     children = Children(*(torch.cat(parts, dim=1) for parts in zip(*windows, strict=True)))
+    drawn_with = torch.cat(noises, dim=1) if noises else None
     if not grown:
         none = torch.empty(rows, 0, dtype=torch.int64, device=device)
         tokens = none.unsqueeze(-1).expand(rows, 0, places)
-        return DraftTree(tokens, none, none, none, none, none, none, none, sees, children)
+        return DraftTree(tokens, none, none, none, none, none, none, none, sees, children, drawn_with)
     tokens, length, leaf, node, above, choice, slot, start = (
         torch.cat(parts, dim=1) for parts in zip(*grown, strict=True)
     )
-    return DraftTree(tokens, length, leaf, node, above, choice, slot, start, sees, children)
+    return DraftTree(tokens, length, leaf, node, above, choice, slot, start, sees, children, drawn_with)
 
 
 def _best(logits: Tensor, score: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

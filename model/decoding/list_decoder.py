@@ -2,7 +2,8 @@
 
 A round drafts a tree, verifies it in one target pass, accepts, moves the accepted keys/values into place and hands
 back what each row gained. Without a draft a round is one pass over the pending run (forced runs), or over one token
-(`forced=False`). Whatever the mode and the company, a row's list is the one `plain.PlainTwin` writes.
+(`forced=False`). Greedy rows and rows that sample share rounds. Whatever the mode and the company, a row's list is the
+one `plain.PlainTwin` writes.
 Knows nothing of queues, deadlines or sockets.
 
 Shapes: B rows 0..highest in use, J steps, W width, G = 1 + J W groups, K = J + 1 decisions, Q = L + 1 tokens a run at
@@ -29,7 +30,8 @@ from model.decoding.draft_tree import (
 from model.decoding.filters import FilterTable
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
 from model.decoding.rows import Gain, Rows, account
-from model.decoding.verify import Verdict, accept_greedy
+from model.decoding.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling, noise, perturbed
+from model.decoding.verify import Verdict, accept
 from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie, Run
 from model.kv_cache import Sight, Write
@@ -46,9 +48,9 @@ class Budget(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The target's best legal child at every group: `best` [B, G] among the children, `node` [B, G] stepped into,
-    `score` [B, G] its log-probability in nats, `log_probs` [B, G, C] of all children (-inf: illegal), and the
-    `children`."""
+    """The target's choice at every group, the best legal child or the one drawn: `best` [B, G] among the children,
+    `node` [B, G] stepped into, `score` [B, G] its log-probability in nats, `log_probs` [B, G, C] of all children
+    (-inf: illegal), and the `children`."""
 
     best: Tensor
     node: Tensor
@@ -103,6 +105,12 @@ class ListDecoder:
         for name, items in (("history", request.history), ("exclude", request.exclude)):
             if any(self.trie.leaf(codes) is None for codes in items):
                 raise InvalidRequest(f"/{name}", "names an item that is not in this catalog version")
+        if not 0 <= request.temperature <= MAX_TEMPERATURE:
+            raise InvalidRequest("/temperature", f"must lie between 0 and {MAX_TEMPERATURE:g}")
+        if not 0 < request.top_p <= 1:
+            raise InvalidRequest("/top_p", "must be above 0 and at most 1")
+        if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
+            raise InvalidRequest("/seed", f"must lie between 0 and {MAX_SEED}")
         self.rows.filters.check(request.filters)
 
     def cancel(self, request_id: str) -> bool:
@@ -154,7 +162,10 @@ class ListDecoder:
             self.draft.read(tokens, before, positions, 0, self.draft_cache, draft_at)
             feature = pick(fused, last)
         root = torch.zeros_like(last)
-        choice = self._choose(pick(output.hidden, last), self.trie.children(root, self.rows.may(rows)))
+        children, sampling = self.trie.children(root, self.rows.may(rows)), self.rows.sampling(rows)
+        nothing = root.new_empty(*root.shape, 0)
+        drawn_with = noise(sampling, self.trie, root, children, nothing) if sampling else None
+        choice = self._choose(pick(output.hidden, last), children, sampling, drawn_with)
         if self.record:
             self.record(indices, root[:, 0], choice)
         run = self._step_into(root, choice.node)
@@ -171,14 +182,15 @@ class ListDecoder:
         indices = self.rows.in_use
         count = indices[-1] + 1
         budget = self._budget(indices)
-        tree = self._draft_tree(count, budget)
+        sampling = self.rows.sampling(slice(count))
+        tree = self._draft_tree(count, sampling, budget)
         drafted = time.perf_counter()
         length = torch.cat([self.rows.pending_length[:count], tree.length], dim=1)
         packing = pack(length, self.places)
         hidden, feature = self._verify(count, tree, packing, budget)
         nodes = torch.cat([self.rows.node[:count, None], tree.node], dim=1)
-        choice = self._choose(hidden, tree.children)
-        verdict = accept_greedy(tree, choice.best, budget.steps, budget.width)
+        choice = self._choose(hidden, tree.children, sampling, tree.noise)
+        verdict = accept(tree, choice.best, budget.steps, budget.width)
         if self.record and not budget.steps:
             self.record(range(count), nodes[:, 0], choice)
         gain = self._gain(tree, nodes, choice, verdict, feature)
@@ -200,10 +212,10 @@ class ListDecoder:
         assert budget.steps <= self.max_steps and budget.steps * budget.width <= self.max_nodes, budget
         return budget
 
-    def _draft_tree(self, count: int, budget: Budget) -> DraftTree:
+    def _draft_tree(self, count: int, sampling: Sampling | None, budget: Budget) -> DraftTree:
         rows = self.rows
         position = rows.base[:count] + rows.pending_length[:count, 0]
-        root = Root(rows.fresh_feature[:count, 0], rows.node[:count], position, rows.draftable[:count])
+        root = Root(rows.fresh_feature[:count, 0], rows.node[:count], position, rows.draftable[:count], sampling)
         if budget.steps and self.draft and self.draft_cache:
             root = root._replace(feature=self._read_fresh(count, position))
         return grow(self.draft, self.target, self.trie, rows.may(slice(count)), self.draft_cache, root, *budget)
@@ -249,14 +261,17 @@ class ListDecoder:
         GPU shapes stay what they are."""
         return at if at.start is not None or valid.is_cuda else at.without(~valid)
 
-    def _choose(self, hidden: Tensor, children: Children) -> Choice:
+    def _choose(
+        self, hidden: Tensor, children: Children, sampling: Sampling | None, drawn_with: Tensor | None
+    ) -> Choice:
         """Ties go to the lowest token: children ascend by code and `max` names the first. A token without an
         alternative scores exactly 0."""
         log_probs = torch.log_softmax(legal_logits(self.target, self.trie, hidden, children), dim=-1)
-        best = log_probs.max(-1)
-        node = children.nodes.gather(-1, best.indices.unsqueeze(-1)).squeeze(-1)
+        wanted = log_probs if sampling is None or drawn_with is None else perturbed(log_probs, drawn_with, sampling)
+        best = wanted.max(-1).indices.unsqueeze(-1)
+        node, score = children.nodes.gather(-1, best).squeeze(-1), log_probs.gather(-1, best).squeeze(-1)
         # Where nothing is legal (a finished row, a leaf in plain decoding) everything is NaN, and nothing is scored.
-        return Choice(best.indices, node, best.values.nan_to_num(0.0), log_probs, children)
+        return Choice(best.squeeze(-1), node, score.nan_to_num(0.0), log_probs, children)
 
     def _step_into(self, nodes: Tensor, chosen: Tensor) -> Run:
         """The run that starts with each choice; without forced runs, a token alone, the separator one of its own."""

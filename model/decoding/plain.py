@@ -3,9 +3,13 @@
 No draft, no forced runs, no trie, no batch. What it writes is by definition the right answer.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
+from model.decoding.sampling import fresh_seed, gumbel
 from model.item_trie import legal_codes_by_search
 from model.kv_cache import KVCache, Sight, Write
 from model.semantic_id import Codes
@@ -13,7 +17,7 @@ from model.target import Target
 
 
 class PlainTwin:
-    """Greedy list decoding, as plainly as it can be said."""
+    """List decoding, greedy and sampled, as plainly as it can be said."""
 
     def __init__(self, target: Target, items: list[Codes], max_history_items: int) -> None:
         self.target, self.items, self.max_history_items = target, items, max_history_items
@@ -22,7 +26,7 @@ class PlainTwin:
     @torch.no_grad()
     def decode(self, request: ListRequest, allowed: set[Codes] | None = None) -> ListResult:
         """The list for `request`; `allowed` are the items that pass its filters (None: all). `margins` then holds, for
-        each token with a choice, the distance in nats between the two best legal tokens."""
+        each token with a choice, the distance in nats between the two best legal tokens (if sampled: see `draw`)."""
         vocabulary, self.margins = self.target.vocabulary, []
         banned = set(request.exclude) | (set(request.history) if request.exclude_history else set())
         if allowed is not None:
@@ -32,6 +36,7 @@ class PlainTwin:
         cache = self.target.new_cache(1, len(tokens) + request.k * vocabulary.tokens_per_item)
         logits = self._pass(tokens, 0, cache)
         length = len(tokens)
+        seed = fresh_seed() if request.seed is None else request.seed
         found: list[ScoredItem] = []
         while len(found) < request.k and len(set(self.items) - banned):
             codes: Codes = ()
@@ -41,7 +46,12 @@ class PlainTwin:
                 column = int(self.target.head_columns[level])
                 log_probs = torch.log_softmax(logits[[column + c for c in legal]], dim=0)
                 best = int(log_probs.argmax())
-                if len(legal) > 1:
+                if len(legal) > 1 and request.temperature > 0:
+                    decision = torch.tensor(len(found) * vocabulary.num_levels + level)
+                    noise = gumbel(torch.tensor(seed), decision, torch.tensor(legal)).tolist()
+                    best, margin = draw(log_probs.tolist(), noise, request.temperature, request.top_p)
+                    self.margins.append(margin)
+                elif len(legal) > 1:
                     first, second = log_probs.topk(2).values.tolist()
                     self.margins.append(first - second)
                 codes, score = (*codes, legal[best]), score + float(log_probs[best])
@@ -62,3 +72,28 @@ class PlainTwin:
         committed = torch.tensor([start], device=self.target.device)
         output = self.target(inputs, positions, cache, at, Sight(committed, None, length))
         return self.target.item_logits(output.hidden[0, -1:])[0]
+
+
+def draw(log_probs: Sequence[float], noise: Sequence[float], temperature: float, top_p: float) -> tuple[int, float]:
+    """Place of the token drawn, and how near the draw was to another: the least of the distance to the second best
+    with its noise, and, where tokens are cut, of the cut to another set of tokens (in mass, or in nats between the
+    last kept and the first cut)."""
+    best = max(log_probs)
+    tempered = [(log_prob - best) / temperature for log_prob in log_probs]
+    total = math.fsum(math.exp(t) for t in tempered)
+    order = sorted(range(len(tempered)), key=lambda place: -tempered[place])
+    kept, mass = order[:1], math.exp(tempered[order[0]]) / total
+    margins = []
+    for place in order[1:]:
+        if top_p < 1:
+            margins.append(abs(mass - top_p))
+        if mass >= top_p and top_p < 1:
+            margins.append(tempered[kept[-1]] - tempered[place])
+            break
+        kept.append(place)
+        mass += math.exp(tempered[place]) / total
+    ranked = sorted(kept, key=lambda place: (-(tempered[place] + noise[place]), place))
+    if len(ranked) > 1:
+        first, second = (tempered[place] + noise[place] for place in ranked[:2])
+        margins.append(first - second)
+    return ranked[0], min(margins, default=math.inf)

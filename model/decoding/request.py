@@ -31,7 +31,11 @@ class RangeFilter:
 
 @dataclass(frozen=True)
 class ListRequest:
-    """One list to write. `deadline` in seconds of `time.monotonic()`."""
+    """One list to write. `deadline` in seconds of `time.monotonic()`.
+
+    `temperature` 0 is greedy. Above, every code is drawn from softmax(logits / temperature) over the legal children,
+    cut to the smallest set of most likely ones whose mass reaches `top_p`. Equal seeds give equal lists, and a longer
+    list starts with the shorter one; without a `seed` the decoder takes a fresh one."""
 
     request_id: str
     history: tuple[Codes, ...]
@@ -40,12 +44,16 @@ class ListRequest:
     exclude_history: bool = True
     filters: Mapping[str, CategoryFilter | RangeFilter] = field(default_factory=dict)
     speculation: bool = True
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
     deadline: float = float("inf")
 
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """`score`: sum of the log-probabilities (nats) of the item's tokens, renormalised over legal children."""
+    """`score`: sum of the log-probabilities (nats) of the item's tokens, renormalised over legal children. Temperature
+    and top-p change which items are drawn and not what an item scores."""
 
     codes: Codes
     score: float

@@ -14,6 +14,7 @@ import torch
 
 from model.decoding.filters import FilterTable
 from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
+from model.decoding.sampling import Sampling, fresh_seed
 from model.item_trie import Availability, ItemTrie
 from model.semantic_id import Codes
 
@@ -59,7 +60,8 @@ class Gain(NamedTuple):
 class Rows:
     """Fixed rows. Per row: `base` tokens in the target's cache, the `pending` run behind them (chosen, not yet read),
     the `fresh` runs the draft has not read with the features they were chosen from, the trie `node` after the pending
-    run, `remaining` items to go, `draftable` items the draft may guess at, and what is `excluded`."""
+    run, `remaining` items to go, `written` items so far, `draftable` items the draft may guess at, what is `excluded`,
+    and how it samples: `temperature` (0: greedy), `top_p`, `seed`."""
 
     def __init__(
         self, num_rows: int, trie: ItemTrie, filters: FilterTable, max_history_items: int, max_gain: int, size: int
@@ -70,6 +72,8 @@ class Rows:
         whole = torch.zeros(num_rows, dtype=torch.int64, device=trie.device)
         self.base, self.node, self.remaining = whole.clone(), whole.clone(), whole.clone()
         self.draftable, self.filter_slot = whole.clone(), whole.clone()
+        self.written, self.seed = whole.clone(), whole.clone()
+        self.temperature, self.top_p = whole.double(), whole.double()
         self.excluded = torch.full((num_rows, 64), trie.num_items, dtype=torch.int64, device=trie.device)
         places = trie.num_levels + 1
         self.pending_tokens = whole.new_zeros(num_rows, 1, places)
@@ -94,6 +98,14 @@ class Rows:
     def may(self, rows: Tensor | slice) -> Availability:
         return Availability(self.filters.passing, self.filter_slot[rows], self.excluded[rows])
 
+    def sampling(self, rows: Tensor | slice) -> Sampling | None:
+        """How `rows` draw; None when no request held does, so that greedy batches compute no noise."""
+        drawing = [row.request for row in self.held if row is not None and row.request.temperature > 0]
+        if not drawing:
+            return None
+        top_p = self.top_p[rows] if any(request.top_p < 1 for request in drawing) else None
+        return Sampling(self.temperature[rows], top_p, self.seed[rows], self.written[rows])
+
     def place(self, request: ListRequest, headroom: int) -> int:
         """Give a validated request a free row; `headroom`: leaves a round may add beyond the list."""
         index = self.held.index(None)
@@ -116,6 +128,8 @@ class Rows:
         self.filter_slot[index] = slot
         self.remaining[index] = row.wanted
         self.draftable[index] = row.wanted if request.speculation else 0
+        self.temperature[index], self.top_p[index] = request.temperature, request.top_p
+        self.seed[index] = fresh_seed() if request.seed is None else request.seed
         return index
 
     def finish(self, index: int) -> ListResult:
@@ -137,8 +151,9 @@ class Rows:
     def free(self, index: int) -> None:
         self.filters.release(self.row(index).filter_slot)
         self.held[index] = None
-        for state in (self.base, self.node, self.remaining, self.draftable, self.filter_slot):
+        for state in (self.base, self.node, self.remaining, self.written, self.draftable, self.filter_slot):
             state[index] = 0
+        self.temperature[index] = 0
         self.excluded[index] = self.trie.num_items
         self.pending_length[index] = 0
         self.fresh_length[index] = 0
@@ -161,6 +176,7 @@ class Rows:
         emitted = (gain.leaf < self.trie.num_items).sum(1)
         left = (self.remaining[rows] - emitted).clamp_(min=0)
         self.remaining[rows] = left
+        self.written[rows] += emitted
         self.draftable[rows] = torch.minimum(self.draftable[rows], left)
         if self.trie.device.type != "cpu" or bool(emitted.any()):
             merged = torch.cat([self.excluded[rows], gain.leaf], dim=1).sort(dim=1).values

@@ -1,6 +1,8 @@
-"""Exact verification of a draft tree, greedy: a drafted choice is kept iff it is the target's best legal one.
+"""Exact verification of a draft tree: a drafted choice is kept iff it is the one the target makes.
 
-Knows choices and groups only; nothing of models, caches or requests. Shapes as in `draft_tree`.
+That is the best legal one of a greedy row and the drawn one of a row that samples; `sampling` says why the second
+leaves the target's distribution as it is. Knows choices and groups only; nothing of models, caches or requests.
+Shapes as in `draft_tree`.
 """
 
 from typing import NamedTuple
@@ -20,8 +22,8 @@ class Verdict(NamedTuple):
     accepted: Tensor
 
 
-def accept_greedy(tree: DraftTree, best: Tensor, steps: int, width: int) -> Verdict:
-    """Walk down from the pending run as long as the target's best choice `best` [B, G] was drafted."""
+def accept(tree: DraftTree, best: Tensor, steps: int, width: int) -> Verdict:
+    """Walk down from the pending run as long as the target's choice `best` [B, G] was drafted."""
     current = torch.zeros_like(best[:, 0])
     alive = torch.ones_like(current, dtype=torch.bool)
     accepted = torch.zeros_like(current)

@@ -156,6 +156,9 @@ def _list_request(body: GenerateRequest, served: Served, ticket: Ticket) -> List
         exclude_history=body.exclude_history,
         filters={name: _filter(wanted) for name, wanted in body.filters.items()},
         speculation=body.speculation == "on",
+        temperature=body.temperature,
+        top_p=body.top_p,
+        seed=body.seed,
         deadline=ticket.started + body.deadline_ms / 1e3,
     )
 

@@ -13,6 +13,7 @@ from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.plain import PlainTwin
 from model.decoding.request import CategoryFilter, ListRequest
+from model.decoding.sampling import gumbel
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.item_trie import ItemTrie
@@ -55,6 +56,12 @@ def test_logits_equal_transformers(model: Any) -> None:
     assert torch.allclose(target.item_logits(output.hidden), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_the_noise_is_that_of_the_cpu() -> None:
+    seed, decision, code = torch.arange(50)[:, None, None] * 2**57, torch.arange(40)[:, None], torch.arange(64)
+    on_device = gumbel(seed.cuda(), decision.cuda(), code.cuda()).cpu()
+    assert torch.allclose(on_device, gumbel(seed, decision, code), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("budget", [Budget(0), Budget(4), Budget(3, 3)], ids=["forced", "chain", "tree"])
 def test_every_mode_writes_what_the_slow_twin_writes(model: Any, budget: Budget) -> None:
     rng = random.Random(0)
@@ -81,6 +88,9 @@ def test_every_mode_writes_what_the_slow_twin_writes(model: Any, budget: Budget)
             10,
             tuple(rng.sample(codes, 5)),
             filters={"genre": CategoryFilter(("a", "b"))} if i % 2 else {},
+            temperature=i % 3 / 2,
+            top_p=0.9 if i % 2 else 1.0,
+            seed=i,
         )
         for i in range(9)
     ]

@@ -37,13 +37,18 @@ class Tiny:
         return Draft(DraftNetwork(shape), self.target.embedding, self.target.vocabulary)
 
     def twin(self, request: ListRequest) -> ListResult:
-        """The right answer, filters applied by looking at every item."""
+        return self.twin_and_margin(request)[0]
+
+    def twin_and_margin(self, request: ListRequest) -> tuple[ListResult, float]:
+        """The right answer, filters applied by looking at every item, and how near its nearest choice was to another
+        one (nats)."""
         allowed = {
             item.codes
             for item in self.catalog.items
             if all(_passes(item.attributes[name], wanted) for name, wanted in request.filters.items())
         }
-        return PlainTwin(self.target, self.codes, 6).decode(request, allowed)
+        twin = PlainTwin(self.target, self.codes, 6)
+        return twin.decode(request, allowed), min(twin.margins, default=float("inf"))
 
 
 def _passes(value: list[str] | float, wanted: object) -> bool:

@@ -86,6 +86,10 @@ def test_answers_from_the_model_survives_a_killed_worker_and_stops_without_a_tra
         assert [i["item_id"] for i in plain["items"]] == [i["item_id"] for i in answer["items"]]
         assert [i["score"] for i in plain["items"]] == pytest.approx([i["score"] for i in answer["items"]], abs=1e-3)
 
+        drawn = [recommend(url, history, deadline_ms=30_000, temperature=1.5, seed=5) for _ in range(2)]
+        assert [i["item_id"] for i in drawn[0]["items"]] == [i["item_id"] for i in drawn[1]["items"]]
+        assert all(answer["degraded"] == [] and len(answer["items"]) == 5 for answer in drawn)
+
         family = children(process.pid)
         assert len(family) == 3
         worker = next(pid for pid in family if "service.cli worker" in command_of(pid))

@@ -78,6 +78,17 @@ async def test_the_worker_is_told_everything_and_only_semantic_ids(standing: Val
     assert "user_id" not in first
 
 
+async def test_the_worker_is_told_how_to_sample_and_of_greedy_requests_nothing_new(standing: ValkeyProcess) -> None:
+    worker = TinyWorker()
+    async with api(api_settings(standing.url), Workers(w1=worker)) as client:
+        await ask(client, temperature=0.7, top_p=0.9, seed=2**53 - 1)
+        await ask(client, temperature=2)
+        await ask(client, temperature=0, top_p=0.9, seed=1)
+        await ask(client, temperature=None, top_p=None, seed=None)
+    sampling = [{n: s[n] for n in ("temperature", "top_p", "seed") if n in s} for s in worker.seen]
+    assert sampling == [{"temperature": 0.7, "top_p": 0.9, "seed": 2**53 - 1}, {"temperature": 2.0}, {}, {}]
+
+
 async def test_attributes_and_semantic_ids_come_when_included(standing: ValkeyProcess) -> None:
     async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
         answer = await ask(client, k=1, include=["attributes", "semantic_id"])

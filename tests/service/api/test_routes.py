@@ -64,7 +64,21 @@ BAD_INPUT: dict[str, tuple[bytes, int, str | None]] = {
     "a filter of both kinds": (body(filters={"year": {"any": ["x"], "min": 1}}), 422, "/filters/year"),
     "a range upside down": (body(filters={"year": {"min": 2, "max": 1}}), 422, "/filters/year"),
     "17 filters": (body(filters={f"f{n}": {"min": 1} for n in range(17)}), 422, "/filters"),
-    "sampling": (body(temperature=0.7), 422, "/temperature"),
+    "a temperature below zero": (body(temperature=-0.1), 422, "/temperature"),
+    "a temperature over the limit": (body(temperature=2.1), 422, "/temperature"),
+    "temperature as text": (body(temperature="1"), 422, "/temperature"),
+    "temperature as a boolean": (body(temperature=True), 422, "/temperature"),
+    "temperature NaN": (b'{"history": [], "temperature": NaN}', 400, "/temperature"),
+    "temperature Infinity": (b'{"history": [], "temperature": Infinity}', 400, "/temperature"),
+    "top_p of nothing": (body(top_p=0), 422, "/top_p"),
+    "top_p below zero": (body(top_p=-0.5), 422, "/top_p"),
+    "top_p over one": (body(top_p=1.01), 422, "/top_p"),
+    "top_p NaN": (b'{"history": [], "top_p": NaN}', 400, "/top_p"),
+    "a seed below zero": (body(seed=-1), 422, "/seed"),
+    "a seed that JSON readers would round": (body(seed=2**53), 422, "/seed"),
+    "a seed as a fraction": (body(seed=1.0), 422, "/seed"),
+    "a seed as text": (body(seed="7"), 422, "/seed"),
+    "a seed as a boolean": (body(seed=True), 422, "/seed"),
     "speculation as a boolean": (body(speculation=True), 422, "/speculation"),
     "no time": (body(deadline_ms=0), 422, "/deadline_ms"),
     "too much time": (body(deadline_ms=60_001), 422, "/deadline_ms"),
@@ -177,12 +191,16 @@ async def test_openapi_describes_both_bodies_and_every_refusal(standing: ValkeyP
     post = document["paths"]["/v1/recommend"]["post"]
     content = post["requestBody"]["content"]["application/json"]
     assert content["schema"] == {"$ref": "#/components/schemas/RecommendRequest"}
-    assert len(content["examples"]) == 3
+    assert len(content["examples"]) == 4
     assert {"200", "400", "408", "413", "415", "422", "503", "504"} <= set(post["responses"])
     schemas = document["components"]["schemas"]
     assert {"RecommendRequest", "RecommendResponse", "Problem", "Filter", "RecommendedItem"} <= set(schemas)
     referenced = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}
     assert referenced <= set(schemas)
+    asked = schemas["RecommendRequest"]["properties"]
+    assert asked["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
+    assert asked["top_p"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    assert asked["seed"]["anyOf"][0] == {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
 
 
 async def test_the_documented_examples_are_served(standing: ValkeyProcess) -> None:

@@ -138,6 +138,30 @@ async def test_filters_and_exclusions_reach_the_decoder(tiny: Tiny) -> None:
     assert response.json()["speculation"]["draft_tokens"] == 0
 
 
+async def test_a_seed_draws_the_same_list_twice_in_company_and_without_speculation(tiny: Tiny) -> None:
+    drawn = {"temperature": 1.5, "top_p": 0.9, "seed": 11, "k": 8}
+    async with running(tiny) as worker:
+        first = await worker.generate(**drawn)
+        again, unspeculated, other, _ = await asyncio.gather(
+            worker.generate(request_id="r2", **drawn),
+            worker.generate(request_id="r3", speculation="off", **drawn),
+            worker.generate(request_id="r4", **drawn | {"seed": 12}),
+            worker.generate(request_id="r5"),
+        )
+    twin = tiny.twin(ListRequest("twin", tuple(tiny.codes[:4]), 8, temperature=1.5, top_p=0.9, seed=11))
+    assert [tuple(codes) for codes in codes_in(first)] == [item.codes for item in twin.items]
+    assert codes_in(again) == codes_in(unspeculated) == codes_in(first)
+    assert codes_in(other) != codes_in(first)
+
+
+async def test_without_a_seed_every_list_is_another(tiny: Tiny) -> None:
+    async with running(tiny) as worker:
+        replies = [await worker.generate(request_id=f"r{n}", temperature=2, k=20) for n in range(3)]
+    assert [reply.status_code for reply in replies] == [200] * 3
+    lists = {json.dumps(codes_in(reply)) for reply in replies}
+    assert len(lists) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "pointer"),
     [
@@ -149,7 +173,14 @@ async def test_filters_and_exclusions_reach_the_decoder(tiny: Tiny) -> None:
         ({"filters": {"colour": {"any": ["red"]}}}, "/filters"),
         ({"filters": {"genre": {"min": 3}}}, "/filters/genre"),
         ({"strategy": "beam"}, "/strategy"),
-        ({"temperature": 1}, "/temperature"),
+        ({"temperature": -1}, "/temperature"),
+        ({"temperature": 2.5}, "/temperature"),
+        ({"temperature": None}, "/temperature"),
+        ({"top_p": 0}, "/top_p"),
+        ({"top_p": 1.5}, "/top_p"),
+        ({"seed": -1}, "/seed"),
+        ({"seed": 2**53}, "/seed"),
+        ({"seed": 0.5}, "/seed"),
     ],
 )
 async def test_bad_content_is_a_422_that_names_the_field(tiny: Tiny, changes: dict[str, Any], pointer: str) -> None:
