@@ -29,6 +29,7 @@ FORWARDED = {
     ("train",): ("model.train.run", "train a bundle from a recipe (TOML)"),
     ("bench", "serve"): ("service.bench_serve", "HTTP load against a running service"),
     ("bench", "decode"): ("model.bench.decode", "speculative against plain decoding, without HTTP"),
+    ("bench", "peers"): ("model.bench.peers.run", "other engines on the same target and requests"),
     ("bundle",): ("model.bundle", "verify a bundle and print what it says of itself"),
 }
 
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     for words, (_, text) in FORWARDED.items():
         if len(words) == 1:
             commands.add_parser(words[0], help=text, add_help=False)
-    commands.add_parser("bench", help="measure: bench serve | bench decode", add_help=False).set_defaults(run=_bench)
+    commands.add_parser("bench", help="measure: bench serve | decode | peers", add_help=False).set_defaults(run=_bench)
     return parser
 
 
@@ -182,7 +183,7 @@ def _check(flags: Flags) -> int:
 
 def _bench(flags: Flags) -> int:
     del flags
-    return _say("say what to measure: padrec bench serve | padrec bench decode", REFUSED)
+    return _say("say what to measure: padrec bench serve | padrec bench decode | padrec bench peers", REFUSED)
 
 
 if __name__ == "__main__":
