@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,12 @@ PEERS = (
         {CONSTRAINED: True, PLAIN: True, ASSISTED_CONSTRAINED: False, ASSISTED: False},
         "a Python function of each row's tokens: items, history and no-repeat, at any batch; assisted: batch 1 only, "
         "draft here: prompt lookup",
+    ),
+    Peer(
+        "onnxruntime_genai",
+        {CONSTRAINED: True, PLAIN: True, ASSISTED: False},
+        "logits go through Python at every step: items, history and no-repeat, at any batch; grammars are of text and "
+        "know no history; its n-gram draft: batch 1, no constraint",
     ),
 )
 
@@ -256,7 +262,7 @@ def peer_contenders(peer: Peer, python: Path, task: Task, processes: ExitStack) 
     for variant, batches in peer.variants.items():
         if task.batch > 1 and not batches:
             continue
-        asked = Task(**{**vars(task), "variant": variant})
+        asked = replace(task, variant=variant, folder=str(Path(task.folder) / peer.package))
         record = {"peer": peer.package, "variant": variant, "constrained": ITEMS_ONLY if asked.constrained else OPEN}
         try:
             process = PeerProcess(python, peer.package, asked)
@@ -289,11 +295,11 @@ def bench_peers(
         if python is None:
             say(f"{package}: not installed, skipped (make peers)")
     say("decoding every request with the slow twins")
-    task = peer_task(bundle, checkpoint, environments / "exports", requests, 1, threads)
+    task = peer_task(bundle, checkpoint, environments / "exports" / bundle.info.version, requests, 1, threads)
     references = {ITEMS_ONLY: constrained_reference(bundle, requests), OPEN: open_reference(checkpoint, task)}
     records = []
     for batch in batches:
-        asked = Task(**{**vars(task), "batch": batch})
+        asked = replace(task, batch=batch)
         with ExitStack() as processes:
             ours = variants(bundle, batch, requests[0].k, ("plain", "plain-forced", "padrec"))
             contenders = [our_contender(bundle, variant, requests) for variant in ours]

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model.bench.peers.item_prefixes import ItemPrefixes
-from model.bench.peers.turns import LOOKUP_TOKENS, Decode, PeerRequest, Task, groups, take_turns
+from model.bench.peers.turns import LOOKUP_NGRAM, LOOKUP_TOKENS, Decode, PeerRequest, Task, groups, take_turns
 
 PADDING = 0
 
@@ -35,7 +35,7 @@ def prepare(task: Task) -> Decode:
                 options["prefix_allowed_tokens_fn"] = _rows(legal, width)
                 options["renormalize_logits"] = True
             if task.assisted:
-                options["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
+                options |= {"prompt_lookup_num_tokens": LOOKUP_TOKENS, "max_matching_ngram_size": LOOKUP_NGRAM}
             written = model.generate(
                 torch.tensor(prompts),
                 attention_mask=torch.tensor(real),

@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 CONSTRAINED, PLAIN, ASSISTED, ASSISTED_CONSTRAINED = "constrained", "plain", "assisted", "assisted-constrained"
-LOOKUP_TOKENS = 4  # what an n-gram draft guesses a round, the same for every peer that has one
+# An n-gram draft looks the last tokens up in its own row and guesses what followed: the same for every peer that can.
+LOOKUP_NGRAM, LOOKUP_TOKENS = 2, 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,15 @@ Decode = Callable[[Sequence[PeerRequest]], list[list[int]]]
 def groups(requests: Sequence[PeerRequest], size: int) -> Iterator[Sequence[PeerRequest]]:
     """For peers whose batches are formed once: `requests` in order, `size` at a time."""
     return (requests[i : i + size] for i in range(0, len(requests), size))
+
+
+def equal_groups(requests: Sequence[PeerRequest], size: int) -> Iterator[list[int]]:
+    """For peers that cannot batch prompts of different lengths: indices of requests, at most `size` at a time."""
+    by_length: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        by_length.setdefault(len(request.prompt), []).append(index)
+    for indices in by_length.values():
+        yield from (indices[i : i + size] for i in range(0, len(indices), size))
 
 
 def take_turns(prepare: Callable[[Task], Decode], *packages: str) -> None:
