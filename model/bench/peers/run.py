@@ -71,6 +71,11 @@ PEERS = (
         "logits go through Python at every step: items, history and no-repeat, at any batch; grammars are of text and "
         "know no history; its n-gram draft: batch 1, no constraint",
     ),
+    Peer(
+        "openvino_genai",
+        {PLAIN: True, ASSISTED: True},
+        "grammars of text only: neither items nor history nor no-repeat; its prompt-lookup draft: any batch",
+    ),
 )
 
 
