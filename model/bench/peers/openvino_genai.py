@@ -14,20 +14,29 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from model.bench.peers.turns import LOOKUP_NGRAM, LOOKUP_TOKENS, Decode, PeerRequest, Task, export_once, take_turns
+from model.bench.peers.turns import (
+    LOOKUP_NGRAM,
+    LOOKUP_TOKENS,
+    Decode,
+    PeerRequest,
+    Task,
+    export_once,
+    groups,
+    take_turns,
+)
 from model.bench.peers.words import with_tokenizer
 
-BLOCK = 32  # positions of a KV block on a CPU
-SPARE = 2  # blocks a request may hold beyond its tokens while it speculates
+CACHE_GIB = 1
 
 
 def prepare(task: Task) -> Decode:
     folder = export_once(Path(task.folder), lambda making: _export(Path(task.checkpoint), making))
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_seqs = task.batch
-    # Whole prompts of a full batch fit one step; cached prefixes would be another repeat's work.
+    # Whole prompts of a full batch fit one step, and the cache all of it: evicted while it speculates, a list grows too
+    # long and the engine stops. Cached prefixes would be another repeat's work.
     scheduler.max_num_batched_tokens = task.batch * task.longest
-    scheduler.num_kv_blocks = task.batch * (task.longest // BLOCK + 1 + SPARE)
+    scheduler.cache_size = CACHE_GIB
     scheduler.enable_prefix_caching = False
     precision = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     properties = {"INFERENCE_NUM_THREADS": task.threads, **precision}
@@ -40,9 +49,13 @@ def prepare(task: Task) -> Decode:
         config.num_assistant_tokens, config.max_ngram_size = LOOKUP_TOKENS, LOOKUP_NGRAM
 
     def decode(requests: Sequence[PeerRequest]) -> list[list[int]]:
-        prompts = [openvino.Tensor(np.array([r.prompt], dtype=np.int64)) for r in requests]
-        results = pipeline.generate(prompts, [config] * len(prompts))
-        return [list(map(int, result.m_generation_ids[0])) for result in results]
+        tokens: list[list[int]] = []
+        # A batch at a time: `max_num_seqs` does not hold back lists that are submitted together.
+        for group in groups(requests, task.batch):
+            prompts = [openvino.Tensor(np.array([r.prompt], dtype=np.int64)) for r in group]
+            results = pipeline.generate(prompts, [config] * len(prompts))
+            tokens += [list(map(int, result.m_generation_ids[0])) for result in results]
+        return tokens
 
     return decode
 

@@ -76,6 +76,12 @@ PEERS = (
         {PLAIN: True, ASSISTED: True},
         "grammars of text only: neither items nor history nor no-repeat; its prompt-lookup draft: any batch",
     ),
+    Peer(
+        "vllm",
+        {CONSTRAINED: True, PLAIN: True, ASSISTED: True},
+        "a logits processor per row in Python: items, history and no-repeat, at any batch, never with speculation; its "
+        "n-gram draft: any batch",
+    ),
 )
 
 
