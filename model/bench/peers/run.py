@@ -27,6 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model.bench.decode import NEAR_TIE, Record, Variant, held_out_requests, machine, twin_lists, variants
+from model.bench.peers.install import ENVIRONMENTS, installed
 from model.bench.peers.turns import (
     ASSISTED,
     ASSISTED_CONSTRAINED,
@@ -41,7 +42,6 @@ from model.decoding.offline import decode_all
 from model.decoding.request import ListRequest
 from model.semantic_id import Vocabulary
 
-ENVIRONMENTS = Path(".peers")
 ITEMS_ONLY = "items+history+no-repeat"
 OPEN = "none"
 TURN_SECONDS = 1800.0  # an engine that answers no sooner is ended
@@ -149,9 +149,8 @@ class PeerProcess:
 
 def python_for(package: str, environments: Path) -> Path | None:
     """The interpreter of the peer's own environment; else this one, where it has the package; else None."""
-    own = environments / package / "bin" / "python"
-    if own.exists():
-        return own.absolute()
+    if installed(package, environments):
+        return (environments / package / "bin" / "python").absolute()
     return Path(sys.executable) if importlib.util.find_spec(package) else None
 
 
@@ -213,7 +212,7 @@ def constrained_reference(bundle: Bundle, requests: Sequence[ListRequest]) -> Re
 @torch.no_grad()
 def open_reference(checkpoint: Path, task: Task) -> Reference:
     """Greedy decoding over the whole vocabulary, one request and one token at a time."""
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
     tokens, margins = [], []
     for request in task.requests:
         written: list[int] = []

@@ -7,6 +7,7 @@ for both and the lists never hold it. Runs inside the peers' own environments: s
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 
 def with_tokenizer(checkpoint: Path, folder: Path) -> Path:
@@ -14,7 +15,7 @@ def with_tokenizer(checkpoint: Path, folder: Path) -> Path:
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,
