@@ -7,6 +7,7 @@ Runs inside every peer's own environment: standard library only, nothing else of
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -111,6 +112,7 @@ def export_once(folder: Path, export: Callable[[Path], None]) -> Path:
     """`folder` as `export` filled it, in this run or an earlier one; a half-made export is never used."""
     if not folder.exists():
         making = folder.with_name(folder.name + f".{os.getpid()}")
+        shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         export(making)
         making.rename(folder)
