@@ -8,7 +8,7 @@ RECBOLE := recbole==1.2.1
 BUNDLE ?= model/bundles/movielens-100k
 ONCE ?=
 
-.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve train check format cover manifests clean
+.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve peers bench-peers train check format cover manifests clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,12 @@ bench-serve: install data ## HTTP load over loopback
 bench-gpu: ## decoding on a CUDA device; plain python3 with torch, transformers, safetensors, numpy
 	$(PYTHON) -m model.bench.gpu
 
+peers: install ## an environment with exact pins for each engine we compare with (about 5 GB in .peers)
+	$(BIN)/python -m model.bench.peers.install
+
+bench-peers: install data ## ours and other engines in one run, same target and requests (missing ones are skipped)
+	$(BIN)/padrec bench peers --bundle $(BUNDLE)
+
 train: install data ## MovieLens-100K to model/bundles (about 35 minutes on 2 free cores)
 	$(BIN)/padrec train model/recipes/movielens-100k.toml
 
@@ -74,4 +80,4 @@ cover: install-dev data ## tests with branch coverage
 	$(BIN)/python -m pytest -q --cov --cov-branch --cov-report=term
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .data runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .peers .data runs .pytest_cache .mypy_cache .ruff_cache
