@@ -60,7 +60,7 @@ def noise(sampling: Sampling, trie: ItemTrie, nodes: Tensor, children: Children,
     """Noise [B, M, C] of the `children` of `nodes` [B, M]; `path` [B, M, P] as in `ItemTrie.children`."""
     items = sampling.written[:, None] + (path < trie.num_items).sum(-1)
     decision = items * trie.num_levels + trie.depth.take(nodes)
-    return gumbel(sampling.seed[:, None, None], decision.unsqueeze(-1), trie.code.take(children.nodes))
+    return gumbel(sampling.seed[:, None, None], decision.unsqueeze(-1), trie.code.take(children.nodes).long())
 
 
 def perturbed(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:

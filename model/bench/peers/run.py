@@ -156,7 +156,7 @@ def python_for(package: str, environments: Path) -> Path | None:
 
 def item_tokens(vocabulary: Vocabulary, items: Sequence[Sequence[int]]) -> list[int]:
     """Tokens of a list of items, separators included."""
-    return [token for codes in items for token in vocabulary.item_tokens(tuple(codes))]
+    return [token for codes in items for token in vocabulary.list_item_tokens(tuple(codes))]
 
 
 def peer_task(
@@ -175,11 +175,11 @@ def peer_task(
         batch=batch,
         threads=threads,
         new_tokens=requests[0].k * vocabulary.tokens_per_item,
-        separator=vocabulary.separator,
+        separator=vocabulary.list_separator,
         items=tuple(bare(item.codes) for item in bundle.catalog.items),
         requests=tuple(
             PeerRequest(
-                tuple(vocabulary.prompt(r.history[-bundle.info.max_history_items :])),
+                tuple(vocabulary.list_prompt(r.history[-bundle.info.max_history_items :])),
                 tuple(bare(codes) for codes in dict.fromkeys((*r.history, *r.exclude))),
             )
             for r in requests
