@@ -71,7 +71,8 @@ def run_app(
         access_log=False,
         server_header=False,
         lifespan="on",
-        loop="asyncio",
+        loop="uvloop",
+        http="httptools",
         ws="none",
         timeout_keep_alive=75,  # longer than any client of ours keeps an idle connection
         timeout_graceful_shutdown=max(1, round(settings.finish_seconds)),

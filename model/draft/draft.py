@@ -73,9 +73,7 @@ class Draft:
         fused: Tensor = self.network.features(torch.cat(features, dim=-1).float())
         return fused
 
-    def read(
-        self, tokens: Tensor, features: Tensor, positions: Tensor, step: int, cache: KVCache, at: Write
-    ) -> None:
+    def read(self, tokens: Tensor, features: Tensor, positions: Tensor, step: int, cache: KVCache, at: Write) -> None:
         """Store keys and values of `tokens` [B, n], read with `features` [B, n, d] at draft step `step`."""
         self.ask(tokens, features, positions, step, cache, at, tokens[:, :0], Sight(None, None, 1))
 

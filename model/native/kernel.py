@@ -26,9 +26,9 @@ _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 
 
 class Places(NamedTuple):
-    """How `kernel.cpp` is told of a Write and a Sight. Where the N tokens of a pass lie, each [N] int64: cache `row`, position stored `at`, rotary `position`. A token
-    sees positions 0..committed-1 of its row, and committed + seen[i] for the first `seeing` entries of its line of
-    `seen` [N or 1, m] int32 (one line: shared by all)."""
+    """How `kernel.cpp` is told of a Write and a Sight. Where the N tokens of a pass lie, each [N] int64: cache `row`,
+    position stored `at`, rotary `position`. A token sees positions 0..committed-1 of its row, and committed + seen[i]
+    for the first `seeing` entries of its line of `seen` [N or 1, m] int32 (one line: shared by all)."""
 
     row: Tensor
     at: Tensor
@@ -45,8 +45,9 @@ class Places(NamedTuple):
         seeing, seen = at.rows.new_zeros(wanted), torch.empty(1, 0, dtype=torch.int32)
         if own is not None:
             seeing, seen = own.sum(-1), own.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int()
-        parts = (at.rows.expand(shape), at.positions, positions, committed, seeing)
-        return cls(*(part.flatten() for part in parts), seen.flatten(0, -2))
+        row = at.rows.expand(shape).flatten()
+        stored, position = at.positions.flatten(), positions.flatten()
+        return cls(row, stored, position, committed.flatten(), seeing.flatten(), seen.flatten(0, -2))
 
     @classmethod
     def of(cls, at: Write, sight: Sight, positions: Tensor) -> "Places":
@@ -59,8 +60,8 @@ class Places(NamedTuple):
         else:
             seeing = sight.own.sum(-1)
             seen = at.compact(sight.own.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int())
-        parts = (at.rows.expand(shape), at.positions, positions, committed, seeing)
-        return cls(*(at.compact(part) for part in parts), seen)
+        row, stored, position = (at.compact(part) for part in (at.rows.expand(shape), at.positions, positions))
+        return cls(row, stored, position, at.compact(committed), at.compact(seeing), seen)
 
 
 class _Layer(ctypes.Structure):
@@ -274,14 +275,16 @@ class NativeDraft:
     def __init__(self, weights: DraftWeights, heads: int, head_size: int, floor: float) -> None:
         self.size = weights.down.shape[0]
         self._kept = DraftWeights(
-            weights.token_part.contiguous(),
-            *(pack(w) for w in (weights.feature_part, weights.qkv, weights.output)),
-            pack_gated(weights.gate_up),
-            pack(weights.down),
-            weights.last_scale.contiguous(),
+            token_part=weights.token_part.contiguous(),
+            feature_part=pack(weights.feature_part),
+            qkv=pack(weights.qkv),
+            output=pack(weights.output),
+            gate_up=pack_gated(weights.gate_up),
+            down=pack(weights.down),
+            last_scale=weights.last_scale.contiguous(),
         )
-        pointers = (tensor.data_ptr() for tensor in self._kept)
-        self._model = _Draft(len(weights.token_part), self.size, heads, head_size, weights.down.shape[1], floor, *pointers)
+        sizes = (len(weights.token_part), self.size, heads, head_size, weights.down.shape[1])
+        self._model = _Draft(*sizes, floor, *(tensor.data_ptr() for tensor in self._kept))
         self._scratch = torch.empty(0)
 
     def __call__(

@@ -2,10 +2,10 @@
 
 Next-item training alone makes a poor list writer: every item it writes is read as if it had been watched, so the list
 drifts away from the history, and greedy decoding takes the most likely *cluster* of items where the most likely
-*items* lie in many. Beam search finds those. Fine-tuning on "history, list separator, then the items of that ranking" with
-what is left of the ranking as label (distillation) makes greedy decoding write what beam search finds. The history's
-own next-item labels stay in the loss, so that the ranking itself is not forgotten. The lists are written in an order
-that wanders from the ranking's, another one each epoch: the target learns to go on after its own mistakes too.
+*items* lie in many. Beam search finds those. Fine-tuning on "history, list separator, then the items of that ranking"
+with what is left of the ranking as label (distillation) makes greedy decoding write what beam search finds. The
+history's own next-item labels stay in the loss, so that the ranking itself is not forgotten. The lists are written in
+an order that wanders from the ranking's, another one each epoch: the target learns to go on after its own mistakes.
 Knows target, trie and histories; nothing of drafts.
 
 Shapes: X histories, H history items, B histories of a batch, W beam width, L levels, K list items.

@@ -322,13 +322,16 @@ def ticking(label: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def check_gates(recipe: Recipe, report: dict[str, Any]) -> None:
-    """Raises GateError when the target's ranking does not beat every baseline, or the draft accepts too little."""
+    """Raises GateError when in any column the target's ranking does not beat every baseline, the lists it writes are
+    worse than one, or the draft accepts too little."""
     gates, rows = recipe.evaluate, report["quality"]
     if gates.require_beats_baselines:
         for name in rows.keys() - {"target", "target-list"}:
-            worse = [m for m, value in rows["target"].items() if value <= rows[name][m]]
-            if worse:
-                raise GateError(f"quality gate: {name} is at least as good as the target in {worse[0]}")
+            for metric, value in rows[name].items():
+                if rows["target"][metric] <= value:
+                    raise GateError(f"quality gate: {name} is at least as good as the target's ranking in {metric}")
+                if rows["target-list"][metric] < value:
+                    raise GateError(f"quality gate: {name} is better than the target's lists in {metric}")
     if report["draft"]["acceptance_length"] < gates.min_acceptance_length:
         raise GateError(f"draft gate: acceptance length {report['draft']['acceptance_length']} is too low")
 

@@ -37,10 +37,8 @@ def create_app(
     redis = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
     cache = RedisCache(redis, metrics)
     catalog = Catalog(cache, settings, metrics)
-    client = httpx.AsyncClient(
-        transport=worker_transport or _transport(settings), trust_env=False, follow_redirects=False
-    )
-    workers = WorkerClient(client, settings, metrics)
+    transport = worker_transport or _transport(settings)
+    workers = WorkerClient(transport, settings, metrics)
     recommender = Recommender(catalog, workers, settings, metrics)
     admission = Admission(settings.max_in_flight, drain, metrics)
 
@@ -48,7 +46,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(cache.close)
-            stack.push_async_callback(client.aclose)
+            stack.push_async_callback(transport.aclose)
             await catalog.start()
             await asyncio.gather(*(workers.look_at(worker) for worker in workers.workers))
             for background in (catalog.follow(), workers.poll()):

@@ -36,7 +36,7 @@ class Worker:
     """What we know of one worker. `up` is None until it has been heard of; while `avoid`, asking it would only cost
     time: it hangs, warms up or drains."""
 
-    url: str
+    url: httpx.URL
     in_flight: int = 0
     up: bool | None = None
     avoid: bool = False
@@ -44,11 +44,15 @@ class Worker:
 
 
 class WorkerClient:
-    """Sends Generate requests; `client` needs no base URL. Call `poll` in the background."""
+    """Sends Generate requests. Call `poll` in the background.
 
-    def __init__(self, client: httpx.AsyncClient, settings: Settings, metrics: ApiMetrics) -> None:
-        self.workers = [Worker(url) for url in settings.worker_urls]
-        self._client = client
+    It speaks to the transport itself: what `httpx.AsyncClient` does around it (redirects, cookies, authentication)
+    is not wanted here and costs as much as the exchange.
+    """
+
+    def __init__(self, transport: httpx.AsyncBaseTransport, settings: Settings, metrics: ApiMetrics) -> None:
+        self.workers = [Worker(httpx.URL(url)) for url in settings.worker_urls]
+        self._transport = transport
         self._metrics = metrics
         self._poll_seconds = settings.poll_seconds
 
@@ -87,7 +91,7 @@ class WorkerClient:
         """Refresh what we know of one worker."""
         try:
             ready, info = await asyncio.gather(
-                *(self._client.get(worker.url + path, timeout=POLL_TIMEOUT_SECONDS) for path in ("/readyz", "/info"))
+                *(self._exchange("GET", worker, path, POLL_TIMEOUT_SECONDS) for path in ("/readyz", "/info"))
             )
             info.raise_for_status()
             worker.info = WorkerInfo.model_validate_json(info.content)
@@ -126,12 +130,8 @@ class WorkerClient:
         worker.in_flight += 1
         try:
             async with asyncio.timeout(remaining):
-                reply = await self._client.post(
-                    f"{worker.url}/generate",
-                    content=body.model_dump_json(exclude_unset=True, warnings=False),  # tuples for lists
-                    headers=_JSON,
-                    timeout=httpx.Timeout(remaining, connect=CONNECT_TIMEOUT_SECONDS),
-                )
+                content = body.model_dump_json(exclude_unset=True, warnings=False)  # tuples for lists
+                reply = await self._exchange("POST", worker, "/generate", remaining, content)
             return self._read(worker, reply, request)
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
             self._mark(worker, up=False, avoid=isinstance(exc, httpx.ConnectTimeout))
@@ -142,6 +142,25 @@ class WorkerClient:
             raise WorkerUnavailable("The worker broke off its answer.") from exc
         finally:
             worker.in_flight -= 1
+
+    async def _exchange(
+        self, method: str, worker: Worker, path: str, seconds: float, content: str | None = None
+    ) -> httpx.Response:
+        """One request and its whole reply. Raises httpx.HTTPError."""
+        request = httpx.Request(
+            method,
+            worker.url.copy_with(raw_path=path.encode()),
+            headers=_JSON if content is not None else None,
+            content=content,
+            extensions={"timeout": httpx.Timeout(seconds, connect=CONNECT_TIMEOUT_SECONDS).as_dict()},
+        )
+        reply = await self._transport.handle_async_request(request)
+        reply.request = request
+        try:
+            await reply.aread()
+        finally:
+            await reply.aclose()
+        return reply
 
     def _read(self, worker: Worker, reply: httpx.Response, request: GenerateRequest) -> GenerateResponse:
         if reply.status_code != 200:
@@ -161,10 +180,10 @@ class WorkerClient:
             logger.log(
                 logging.INFO if up else logging.WARNING,
                 "worker up" if up else "worker down",
-                extra={"worker": worker.url},
+                extra={"worker": str(worker.url)},
             )
         worker.up, worker.avoid = up, avoid
-        self._metrics.worker_up.labels(worker.url).set(up)
+        self._metrics.worker_up.labels(str(worker.url)).set(up)
 
 
 def _translated(

@@ -126,9 +126,13 @@ def test_the_report_compares_the_target_with_every_baseline_and_both_drafts(debu
     assert (debug_run[1] / "README.md").read_text().startswith("# debug\n")
 
 
-def gated(target: float, baseline: float, acceptance: float, **gates: Any) -> None:
+def gated(target: float, baseline: float, acceptance: float, lists: float = 0.5, **gates: Any) -> None:
     recipe = replace(Recipe("x"), evaluate=EvaluateConfig(**gates))
-    quality = {"target": {"a@5": 0.5, "b@5": target}, "popularity": {"a@5": 0.1, "b@5": baseline}}
+    quality = {
+        "target": {"a@5": 0.5, "b@5": target},
+        "target-list": {"a@5": 0.5, "b@5": lists},
+        "popularity": {"a@5": 0.1, "b@5": baseline},
+    }
     check_gates(recipe, {"quality": quality, "draft": {"acceptance_length": acceptance}})
 
 
@@ -141,6 +145,12 @@ def test_a_target_no_better_than_a_baseline_in_one_metric_is_refused(target: flo
     with pytest.raises(GateError, match=r"popularity.*b@5"):
         gated(target, 0.2, 2.0)
     gated(target, 0.2, 2.0, require_beats_baselines=False)
+
+
+def test_lists_worse_than_a_baseline_are_refused_however_well_the_target_ranks() -> None:
+    with pytest.raises(GateError, match=r"popularity.*lists in b@5"):
+        gated(0.3, 0.2, 2.0, lists=0.19)
+    gated(0.3, 0.2, 2.0, lists=0.2)
 
 
 def test_a_draft_that_accepts_too_little_is_refused() -> None:

@@ -20,8 +20,8 @@ from tests.service.wire import OTHER_VERSION, VERSION, TinyWorker, Workers, api_
 @asynccontextmanager
 async def client_of(network: httpx.AsyncBaseTransport, *hosts: str) -> AsyncIterator[WorkerClient]:
     settings = api_settings(worker_urls=",".join(f"http://{host}" for host in hosts))
-    async with httpx.AsyncClient(transport=network) as client:
-        yield WorkerClient(client, settings, ApiMetrics(CollectorRegistry()))
+    async with network:
+        yield WorkerClient(network, settings, ApiMetrics(CollectorRegistry()))
 
 
 async def generate(client: WorkerClient, seconds: float = 1.0, **others: Any) -> GenerateResponse:
