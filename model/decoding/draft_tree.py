@@ -17,6 +17,7 @@ from model.decoding.sampling import Sampling, noise, perturbed
 from model.draft.draft import Draft
 from model.item_trie import ANY_NODE, Availability, Children, ItemTrie, Run
 from model.kv_cache import KVCache, Sight, Write
+from model.native.kernel import ChainRoot, NativeChoices
 from model.target import Target
 
 Tensor = torch.Tensor
@@ -38,7 +39,8 @@ class DraftTree(NamedTuple):
     """Nodes in order of steps: `tokens` [B, M, Q], `length` [B, M] (0: no node), `leaf` [B, M], `node` [B, M] trie
     node after the run, `parent` [B, M] group, `choice` [B, M] index among the parent's children, `slot` [B, M] of the
     choice, `start` [B, M] position of the first token, `sees` [B, G, G] group visibility (itself included), the
-    `children` [B, G, C] of every group, and the `noise` [B, G, C] they are drawn with (None: all rows are greedy)."""
+    `children` [B, G, C] of every group (None where the kernel looks them up), and the `noise` [B, G, C] they are drawn
+    with (None: all rows are greedy)."""
 
     tokens: Tensor
     length: Tensor
@@ -49,7 +51,7 @@ class DraftTree(NamedTuple):
     slot: Tensor
     start: Tensor
     sees: Tensor
-    children: Children
+    children: Children | None
     noise: Tensor | None = None
 
 
@@ -155,6 +157,38 @@ def grow(
         torch.cat(parts, dim=1) for parts in zip(*grown, strict=True)
     )
     return DraftTree(tokens, length, leaf, node, above, choice, slot, start, sees, children, drawn_with)
+
+
+def grow_chain(
+    choices: NativeChoices,
+    draft: Draft | None,
+    may: Availability,
+    cache: KVCache | None,
+    root: Root,
+    steps: int,
+) -> DraftTree:
+    """`grow` for greedy rows and width 1, in one call of the compiled kernel."""
+    rows = len(root.node)
+    none = root.node.new_empty(rows, 0)
+    if not steps:
+        tokens = none.unsqueeze(-1).expand(rows, 0, choices.places)
+        return DraftTree(tokens, none, none, none, none, none, none, none, none.bool(), None)
+    assert draft is not None and cache is not None, "drafting needs a draft"
+    start = ChainRoot(root.node, root.position, root.remaining, root.feature)
+    chain = draft.chain(choices, cache, may, start, steps)
+    parent = torch.arange(steps).expand(rows, steps)
+    return DraftTree(
+        chain.tokens,
+        chain.length,
+        chain.leaf,
+        chain.end,
+        parent,
+        chain.choice,
+        chain.slot,
+        chain.start,
+        none.bool(),
+        None,
+    )
 
 
 def _best(logits: Tensor, score: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from model.decoding.draft_tree import (
     Packing,
     Root,
     grow,
+    grow_chain,
     legal_logits,
     pack,
     pick,
@@ -35,6 +36,7 @@ from model.decoding.verify import Verdict, accept
 from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie, Run
 from model.kv_cache import Sight, Write
+from model.native.kernel import NativeChoices, NativeLinear
 from model.target import Target
 
 Tensor = torch.Tensor
@@ -49,17 +51,14 @@ class Budget(NamedTuple):
 
 class Choice(NamedTuple):
     """The target's choice at every group, the best legal child or the one drawn: `best` [B, G] among the children,
-    `node` [B, G] stepped into, `score` [B, G] its log-probability in nats, `log_probs` [B, G, C] of all children
-    (-inf: illegal), and the `children`."""
+    `node` [B, G] stepped into, `score` [B, G] its log-probability in nats, without temperature and cut."""
 
     best: Tensor
     node: Tensor
     score: Tensor
-    log_probs: Tensor
-    children: Children
 
 
-Record = Callable[[Sequence[int], Tensor, Choice], None]
+Record = Callable[[Sequence[int], Tensor, Tensor, Children], None]
 
 
 class ListDecoder:
@@ -82,7 +81,8 @@ class ListDecoder:
         record: Record | None = None,
     ) -> None:
         """`budget(rows in use)` decides how much a round drafts, within `max_steps` and `max_nodes`; `forced=False` is
-        plain decoding, a token a pass. `record(rows, nodes [B], choice)` sees every choice made without a draft."""
+        plain decoding, a token a pass. `record(rows, nodes [B], log_probs [B, G, C], children)` sees every choice made
+        without a draft."""
         self.target, self.draft, self.trie, self.max_k = target, draft, trie, max_k
         self.budget, self.max_steps, self.max_nodes = budget, max_steps, max_nodes
         self.forced, self.record = forced, record
@@ -94,6 +94,9 @@ class ListDecoder:
         self.cache = target.new_cache(num_rows, positions)
         self.draft_cache = draft.new_cache(num_rows, positions) if draft else None
         filters = FilterTable(catalog, trie, num_rows)
+        self.choices: NativeChoices | None = None
+        if isinstance(target.head, NativeLinear) and (draft is None or draft.native is not None):
+            self.choices = NativeChoices(trie, target.head)
         self.rows = Rows(num_rows, trie, filters, max_history_items, max_steps + 1, target.hidden_size)
 
     def validate(self, request: ListRequest) -> None:
@@ -165,9 +168,9 @@ class ListDecoder:
         children, sampling = self.trie.children(root, self.rows.may(rows)), self.rows.sampling(rows)
         nothing = root.new_empty(*root.shape, 0)
         drawn_with = noise(sampling, self.trie, root, children, nothing) if sampling else None
-        choice = self._choose(pick(output.hidden, last), children, sampling, drawn_with)
+        choice, log_probs = self._choose(pick(output.hidden, last), children, sampling, drawn_with)
         if self.record:
-            self.record(indices, root[:, 0], choice)
+            self.record(indices, root[:, 0], log_probs, children)
         run = self._step_into(root, choice.node)
         gain = Gain(run.tokens, run.length, run.leaf, feature, torch.zeros_like(length), run.node[:, 0])
         self.rows.advance(rows, length, gain)
@@ -189,10 +192,15 @@ class ListDecoder:
         packing = pack(length, self.places)
         hidden, feature = self._verify(count, tree, packing, budget)
         nodes = torch.cat([self.rows.node[:count, None], tree.node], dim=1)
-        choice = self._choose(hidden, tree.children, sampling, tree.noise)
+        if self.choices is not None and tree.children is None:
+            may = self.rows.may(slice(count))
+            choice = Choice(*self.choices.best(hidden, nodes, may, tree.leaf, tree.length))
+        else:
+            assert tree.children is not None
+            choice, log_probs = self._choose(hidden, tree.children, sampling, tree.noise)
+            if self.record and not budget.steps:
+                self.record(range(count), nodes[:, 0], log_probs, tree.children)
         verdict = accept(tree, choice.best, budget.steps, budget.width)
-        if self.record and not budget.steps:
-            self.record(range(count), nodes[:, 0], choice)
         gain = self._gain(tree, nodes, choice, verdict, feature)
         base = self._settle(count, tree, packing, verdict, gain, budget)
         self.rows.advance(torch.arange(count, device=base.device), base, gain)
@@ -218,6 +226,9 @@ class ListDecoder:
         root = Root(rows.fresh_feature[:count, 0], rows.node[:count], position, rows.draftable[:count], sampling)
         if budget.steps and self.draft and self.draft_cache:
             root = root._replace(feature=self._read_fresh(count, position))
+        if self.choices is not None and sampling is None and self.record is None and budget.width == 1:
+            may = rows.may(slice(count))
+            return grow_chain(self.choices, self.draft, may, self.draft_cache, root, budget.steps)
         return grow(self.draft, self.target, self.trie, rows.may(slice(count)), self.draft_cache, root, *budget)
 
     def _read_fresh(self, count: int, position: Tensor) -> Tensor:
@@ -263,15 +274,15 @@ class ListDecoder:
 
     def _choose(
         self, hidden: Tensor, children: Children, sampling: Sampling | None, drawn_with: Tensor | None
-    ) -> Choice:
-        """Ties go to the lowest token: children ascend by code and `max` names the first. A token without an
-        alternative scores exactly 0."""
+    ) -> tuple[Choice, Tensor]:
+        """The choice, and the log-probabilities [B, G, C] it was made from. Ties go to the lowest token: children
+        ascend by code and `max` names the first. A token without an alternative scores exactly 0."""
         log_probs = torch.log_softmax(legal_logits(self.target, self.trie, hidden, children), dim=-1)
         wanted = log_probs if sampling is None or drawn_with is None else perturbed(log_probs, drawn_with, sampling)
         best = wanted.max(-1).indices.unsqueeze(-1)
         node, score = children.nodes.gather(-1, best).squeeze(-1), log_probs.gather(-1, best).squeeze(-1)
         # Where nothing is legal (a finished row, a leaf in plain decoding) everything is NaN, and nothing is scored.
-        return Choice(best.squeeze(-1), node, score.nan_to_num(0.0), log_probs, children)
+        return Choice(best.squeeze(-1), node, score.nan_to_num(0.0)), log_probs
 
     def _step_into(self, nodes: Tensor, chosen: Tensor) -> Run:
         """The run that starts with each choice; without forced runs, a token alone, the separator one of its own."""
@@ -337,34 +348,36 @@ class ListDecoder:
         seconds: tuple[float, float],
         budget: Budget,
     ) -> RoundStats:
-        """Count the round, per row and in all."""
-        nodes, num_slots = tree.length > 0, self.trie.num_levels
-        drafted, accepted = nodes.sum(1).tolist(), verdict.accepted.tolist()
+        """Count the round, per row and in all. On the host: there is little to count, and many ways to count it."""
+        lengths, slots, paths = tree.length.tolist(), tree.slot.tolist(), verdict.path.tolist()
+        kept, pending = verdict.accepted.tolist(), self.rows.pending_length[:, 0].tolist()
+        drafted_by_step, accepted_by_step = [0] * budget.steps, [0] * budget.steps
+        drafted_by_slot, accepted_by_slot = [0] * self.trie.num_levels, [0] * self.trie.num_levels
         for index in indices:
-            row = self.rows.row(index)
+            row, accepted = self.rows.row(index), kept[index]
+            drafted = [node for node, length in enumerate(lengths[index]) if length]
+            for node in drafted:
+                drafted_by_step[node // budget.width] += 1
+                drafted_by_slot[slots[index][node]] += 1
+            for step, group in enumerate(paths[index][1 : 1 + accepted]):
+                accepted_by_step[step] += 1
+                accepted_by_slot[slots[index][group - 1]] += 1
             row.rounds += 1
-            row.draft_tokens += drafted[index]
-            row.accepted_tokens += accepted[index]
+            row.draft_tokens += len(drafted)
+            row.accepted_tokens += accepted
             row.decode_seconds += sum(seconds)
-        by_step = nodes.unflatten(1, (budget.steps, budget.width)).sum((0, 2)).tolist() if budget.steps else []
-        slots = [tree.slot[nodes]]
-        if budget.steps:
-            on_path = torch.arange(budget.steps, device=nodes.device) < verdict.accepted[:, None]
-            slots.append(tree.slot.gather(1, (verdict.path[:, 1:] - 1).clamp(min=0))[on_path])
-        by_slot = [torch.bincount(s, minlength=num_slots).tolist() for s in slots]
-        length = self.rows.pending_length
         return RoundStats(
             rows=len(indices),
             draft_seconds=seconds[0],
             verify_seconds=seconds[1],
             target_tokens=int(packing.total.sum()),
-            draft_tokens=sum(drafted),
-            accepted_tokens=sum(accepted[i] for i in indices),
-            forced_tokens=int((length[indices] - 1).clamp(min=0).sum()),
-            drafted_by_step=tuple(by_step),
-            accepted_by_step=tuple(sum(a > s for a in accepted) for s in range(budget.steps)),
-            drafted_by_slot=tuple(by_slot[0]),
-            accepted_by_slot=tuple(by_slot[-1]) if budget.steps else (0,) * num_slots,
+            draft_tokens=sum(drafted_by_step),
+            accepted_tokens=sum(accepted_by_step),
+            forced_tokens=sum(max(0, pending[index] - 1) for index in indices),
+            drafted_by_step=tuple(drafted_by_step),
+            accepted_by_step=tuple(accepted_by_step),
+            drafted_by_slot=tuple(drafted_by_slot),
+            accepted_by_slot=tuple(accepted_by_slot),
         )
 
 

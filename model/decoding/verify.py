@@ -24,6 +24,10 @@ class Verdict(NamedTuple):
 
 def accept(tree: DraftTree, best: Tensor, steps: int, width: int) -> Verdict:
     """Walk down from the pending run as long as the target's choice `best` [B, G] was drafted."""
+    if width == 1:  # a chain: node j hangs on group j, so what was kept is a prefix
+        hit = (tree.choice == best[:, :steps]) & (tree.length > 0)
+        accepted = hit.long().cumprod(1).sum(1)
+        return Verdict(torch.minimum(torch.arange(steps + 1, device=best.device), accepted[:, None]), accepted)
     current = torch.zeros_like(best[:, 0])
     alive = torch.ones_like(current, dtype=torch.bool)
     accepted = torch.zeros_like(current)

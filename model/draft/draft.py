@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from model.draft.network import DraftNetwork
+from model.item_trie import Availability
 from model.kv_cache import KVCache, Sight, Write, attention_mask
 from model.layer import UnitNorm, rotate
 from model.linear import PackedLinear
@@ -114,6 +115,14 @@ class Draft:
         x = self.down.add_to(x, silu(gate) * up)
         out: Tensor = self.norm(x) * self.last_scale
         return out.view(*asked.shape, size)
+
+    def chain(
+        self, choices: kernel.NativeChoices, cache: KVCache, may: Availability, root: kernel.ChainRoot, steps: int
+    ) -> kernel.Chain:
+        """Draft `steps` choices a row, each the best legal one. Only where the compiled kernel runs."""
+        assert self.native is not None, "only the kernel drafts chains"
+        terms = [self._terms[min(step + 1, len(self._terms) - 1)] for step in range(steps)]
+        return choices.chain(self.native, terms, cache.data, self._rotations, may, root)
 
     def _ask_native(
         self,

@@ -1,10 +1,10 @@
-/* The target's pass and the draft's step on a CPU: one call each instead of hundreds.
+/* The target's pass, the draft's chain and the choice among legal children on a CPU: one call each instead of hundreds.
  *
  * At the sizes served here a tensor operation costs as much as its arithmetic, and a pass of a few tokens is made of
  * hundreds. Here the same layers (see model/layer.py, the twin this is tested against) run as loops over packed weights.
  * Every sum is taken in an order that depends on the token alone: its own inputs, and the tokens it sees, in their
  * order. So a token's result is the same to the last bit whatever else is in the pass: alone, in a batch, guessed or
- * written. Knows no tries, requests or models: pointers and sizes.
+ * written. Knows no requests and no files: pointers and sizes.
  *
  * fp32. Weights are packed in panels of PANEL output columns: panel p holds w[p * PANEL + c][k] at [k][c].
  */
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <vector>
 
 #define PANEL 64
 #define ROWS 6
@@ -38,7 +39,7 @@ struct Pass {
     const int64_t *token, *row, *at, *position, *committed, *seeing, *feature_layers;
     const int32_t *seen;
     const float *rotations;
-    float *cache, *scratch, *hidden;
+    float *cache, *hidden;
     float **features;
 };
 
@@ -58,7 +59,49 @@ struct Reading {
     const int32_t *seen;
     const float *features, *rotations, *step, *context;
     float gate;
-    float *cache, *scratch, *out;
+    float *cache, *out;
+};
+
+/* The tables of an item trie (model/item_trie.py), and the target's head over item tokens: level l's columns begin at
+ * `level_columns[l]`, a node's is `column`. */
+struct Trie {
+    int64_t items, levels, nodes, first_leaf, size;
+    const int64_t *leaf_start, *first_child, *column, *level_columns;
+    const int32_t *run_end, *item_tokens;
+    const int8_t *depth;
+    const float *head;
+};
+
+/* What rows may emit: `passing` [., nodes] counts of filters, `filter_slot` [rows] (0: no filter), `excluded` [rows,
+ * width] ascending leaves. */
+struct May {
+    int64_t width;
+    const int32_t *passing;
+    const int64_t *filter_slot, *excluded;
+};
+
+/* Groups whose best legal child is wanted: group g of a row lies at `node`, behind its row's first g drafted runs, which
+ * completed the leaves `leaf` [rows, groups - 1] (items: none). `length` 0: there is no such run. */
+struct Groups {
+    int64_t rows, groups;
+    const int64_t *node, *leaf, *length;
+    const float *hidden;
+    int64_t *best, *child;
+    float *score;
+};
+
+/* A chain of draft choices for each row: it starts at `node` with `feature` [rows, size], may complete `remaining`
+ * items; `position` is that of its first token. The rest is written, [rows, steps] each, `tokens` [rows, steps, levels
+ * + 1]; `length` 0: no choice. */
+struct Chain {
+    int64_t rows, steps, cache_rows, positions, turns;
+    const int64_t *node, *position, *remaining;
+    const float *feature, *rotations;
+    const float *const *step;
+    const float *const *context;
+    const float *gate;
+    float *cache;
+    int64_t *tokens, *length, *leaf, *end, *choice, *slot, *start;
 };
 
 enum Mode { STORE, ADD, GATE };
@@ -234,6 +277,13 @@ INLINE void attend(const float *query, const float *keys, const float *values, i
 
 INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+/* Room for a pass. Each calling thread has its own: two may run passes of one model at once. */
+static float *room(int64_t floats) {
+    static thread_local std::vector<float> kept;
+    if ((int64_t)kept.size() < floats) kept.resize(floats);
+    return kept.data();
+}
+
 /* Whether any of n numbers lies outside 0..end-1. */
 INLINE bool outside(const int64_t *numbers, int64_t n, int64_t end) {
     for (int64_t t = 0; t < n; t++)
@@ -255,15 +305,53 @@ template <class Work> INLINE bool impossible(const Work *p, int64_t asking, int6
     return false;
 }
 
-extern "C" {
+const int64_t ANY_NODE = 2; /* the root's first child: what nobody looks at */
 
-/* Floats of scratch that a pass of n tokens with `threads` threads needs. */
-int64_t padrec_scratch(const Model *m, int64_t n, int64_t positions, int64_t extra, int64_t threads) {
-    const int64_t width = (m->heads + 2 * m->kv_heads) * m->head_size;
-    const int64_t mixed = m->heads * m->head_size;
-    return n * (m->size * 2 + padded(width, PANEL) + mixed + padded(m->feed, PANEL / 2)) +
-           threads * (positions + extra + 16);
+struct Chosen {
+    int64_t index, node;
+    float score;
+};
+
+/* The best legal child of `node` for a row that has emitted the first `emitted` of `path` besides what it may not emit.
+ * Ties go to the lowest token. False: there is none. */
+INLINE bool best_child(const Trie *t, const May *may, int64_t row, int64_t node, const float *hidden,
+                       const int64_t *path, int64_t emitted, bool scored, Chosen *chosen) {
+    const int64_t first = t->first_child[node], last = t->first_child[node + 1], level = t->depth[node];
+    if (level >= t->levels || first >= last) return false;
+    static thread_local std::vector<float> logit;
+    const int64_t columns = t->level_columns[t->levels], children = padded(last - first, 16);
+    if ((int64_t)logit.size() < columns + 2 * PANEL + children) logit.resize(columns + 2 * PANEL + children);
+    float *logits = logit.data(), *legal = logits + padded(columns, PANEL);
+    /* Only the panels that hold a child's column; each sums as the whole head does. */
+    for (int64_t p = t->column[first] / PANEL; p <= t->column[last - 1] / PANEL; p++)
+        panel_rows<STORE, 1>(hidden, t->size, t->head + p * PANEL * t->size, t->size, logits + p * PANEL, 0, PANEL, 0);
+    const int32_t *passing = may->filter_slot[row] ? may->passing + may->filter_slot[row] * t->nodes : nullptr;
+    const int64_t *excluded = may->excluded + row * may->width, *end = excluded + may->width;
+    for (int64_t step = may->width; step > 0; step /= 2) /* to the first exclusion among these children */
+        while (end - excluded >= step && excluded[step - 1] < t->leaf_start[first]) excluded += step;
+    int64_t best = -1, count = 0;
+    for (int64_t c = first; c < last; c++) {
+        const int64_t low = t->leaf_start[c], high = t->leaf_start[c + 1];
+        int64_t available = passing ? passing[c + 1] - passing[c] : high - low;
+        for (; excluded < end && *excluded < high; excluded++) available--;
+        for (int64_t i = 0; i < emitted; i++) available -= low <= path[i] && path[i] < high;
+        if (available <= 0) continue;
+        legal[count++] = logits[t->column[c]];
+        if (best < 0 || logits[t->column[c]] > logits[t->column[best]]) best = c;
+    }
+    if (best < 0) return false;
+    *chosen = {best - first, best, 0.0f};
+    if (scored && count > 1) {
+        const v16 highest = splat(logits[t->column[best]]);
+        float total = 0.0f;
+        for (int64_t i = 0; i < count; i += 16) store(legal + i, exp16(load(legal + i) - highest));
+        for (int64_t i = 0; i < count; i++) total += legal[i];
+        chosen->score = -logf(total);
+    }
+    return true;
 }
+
+extern "C" {
 
 /* `hidden` [n, size] after the last norm; the outputs of `feature_layers`, the last layer's replaced by `hidden`.
  * Returns 1, having done nothing, when a number points outside the cache or a table. */
@@ -272,11 +360,12 @@ int padrec_pass(const Model *m, const Pass *p, int threads) {
     const int64_t n = p->tokens, d = m->size, s = m->head_size, q = m->heads, g = m->kv_heads;
     const int64_t width = (q + 2 * g) * s, wide = padded(width, PANEL), mix = q * s, feed = padded(m->feed, PANEL / 2);
     const int64_t per_row = g * p->positions * s, per_kind = p->rows * per_row;
-    float *x = p->scratch, *y = x + n * d, *qkv = y + n * d, *mixed = qkv + n * wide, *h = mixed + n * mix;
+    const int64_t sight = p->positions + p->extra + 16;
+    float *x = room(n * (2 * d + wide + mix + feed) + threads * sight), *y = x + n * d, *qkv = y + n * d, *mixed = qkv + n * wide, *h = mixed + n * mix;
     float *scores = h + n * feed;
 #pragma omp parallel num_threads(threads)
     {
-        float *score = scores + omp_get_thread_num() * (p->positions + p->extra + 16);
+        float *score = scores + omp_get_thread_num() * sight;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < n; t++) memcpy(x + t * d, m->embedding + p->token[t] * d, d * sizeof(float));
         for (int64_t l = 0; l < m->layers; l++) {
@@ -328,26 +417,20 @@ int padrec_pass(const Model *m, const Pass *p, int threads) {
     return 0;
 }
 
-/* Floats of scratch that reading n tokens, `asking` of them asked, needs. */
-int64_t padrec_reading_scratch(const Draft *m, int64_t n, int64_t asking, int64_t positions, int64_t extra,
-                               int64_t threads) {
-    return n * (m->size * 2 + padded(3 * m->heads * m->head_size, PANEL)) +
-           asking * (m->size + m->heads * m->head_size + padded(m->feed, PANEL / 2)) +
-           threads * (positions + extra + 16);
-}
-
 /* Stores keys and values of all tokens; `out` [asking, size] after the last norm. Returns 1 as padrec_pass does. */
 int padrec_read(const Draft *m, const Reading *p, int threads) {
     if (impossible(p, p->asking, m->vocabulary) || outside(p->asked, p->asking, p->tokens)) return 1;
+    if (!p->tokens) return 0;
     const int64_t n = p->tokens, asking = p->asking, d = m->size, s = m->head_size, q = m->heads, mix = q * s;
     const int64_t wide = padded(3 * mix, PANEL), feed = padded(m->feed, PANEL / 2);
     const int64_t per_row = q * p->positions * s;
-    float *z = p->scratch, *y = z + n * d, *qkv = y + n * d, *x = qkv + n * wide, *mixed = x + asking * d;
+    const int64_t sight = p->positions + p->extra + 16;
+    float *z = room(n * (2 * d + wide) + asking * (d + mix + feed) + threads * sight), *y = z + n * d, *qkv = y + n * d, *x = qkv + n * wide, *mixed = x + asking * d;
     float *h = mixed + asking * mix, *scores = h + asking * feed;
     float *keys = p->cache, *values = keys + p->rows * per_row;
 #pragma omp parallel num_threads(threads)
     {
-        float *score = scores + omp_get_thread_num() * (p->positions + p->extra + 16);
+        float *score = scores + omp_get_thread_num() * sight;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < n; t++) memcpy(z + t * d, m->token_part + p->token[t] * d, d * sizeof(float));
         linear<ADD>(p->features, d, m->feature_part, d, z, d, d, 0, n);
@@ -388,6 +471,78 @@ int padrec_read(const Draft *m, const Reading *p, int threads) {
         linear<ADD>(h, feed, m->down, m->feed, x, d, d, 0, asking);
 #pragma omp for schedule(static)
         for (int64_t a = 0; a < asking; a++) unit(x + a * d, p->out + a * d, d, m->norm_floor, m->last_scale);
+    }
+    return 0;
+}
+
+/* The best legal child of every group, its index among the children, and its log-probability among the legal ones. */
+int padrec_choose(const Trie *t, const May *may, const Groups *p, int threads) {
+    const int64_t count = p->rows * p->groups;
+    if (outside(p->node, count, t->nodes - 1)) return 1;
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (count > 16)
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t row = i / p->groups, group = i % p->groups, runs = p->groups - 1;
+        Chosen chosen = {0, ANY_NODE, 0.0f};
+        if (!group || p->length[row * runs + group - 1])
+            best_child(t, may, row, p->node[i], p->hidden + i * t->size, p->leaf + row * runs, group, true, &chosen);
+        p->best[i] = chosen.index;
+        p->child[i] = chosen.node;
+        p->score[i] = chosen.score;
+    }
+    return 0;
+}
+
+/* Returns 1 as padrec_pass does; a later step may have written by then. */
+int padrec_chain(const Trie *t, const May *may, const Draft *m, const Chain *p, int threads) {
+    const int64_t places = t->levels + 1, d = m->size, steps = p->steps;
+    if (outside(p->node, p->rows, t->nodes - 1)) return 1;
+    std::vector<float> feature(p->feature, p->feature + p->rows * d), read, out;
+    std::vector<int64_t> node(p->node, p->node + p->rows), position(p->position, p->position + p->rows);
+    std::vector<int64_t> remaining(p->remaining, p->remaining + p->rows), token, row, at, asked, committed, who;
+    for (int64_t j = 0; j < steps; j++) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (p->rows > 8)
+        for (int64_t b = 0; b < p->rows; b++) {
+            const int64_t i = b * steps + j;
+            Chosen chosen = {0, ANY_NODE, 0.0f};
+            const bool found = remaining[b] > 0 && best_child(t, may, b, node[b], feature.data() + b * d,
+                                                              p->leaf + b * steps, j, false, &chosen);
+            const int64_t end = t->run_end[chosen.node], leaf = t->leaf_start[end], depth = t->depth[chosen.node];
+            const bool done = end >= t->first_leaf;
+            for (int64_t c = 0; c < places; c++)
+                p->tokens[i * places + c] = t->item_tokens[leaf * places + depth - 1 + c];
+            p->choice[i] = chosen.index;
+            p->slot[i] = t->depth[node[b]];
+            p->start[i] = position[b];
+            p->length[i] = found ? t->depth[end] - depth + 1 + done : 0;
+            p->leaf[i] = found && done ? leaf : t->items;
+            p->end[i] = node[b] = done ? 0 : end;
+            position[b] += p->length[i];
+            remaining[b] = found ? remaining[b] - done : 0;
+        }
+        if (j + 1 == steps) break;
+        token.clear(), row.clear(), at.clear(), asked.clear(), committed.clear(), who.clear(), read.clear();
+        for (int64_t b = 0; b < p->rows; b++) {
+            const int64_t i = b * steps + j, length = p->length[i];
+            if (!length) continue;
+            for (int64_t c = 0; c < length; c++) { /* all tokens of a run share the feature that chose it */
+                token.push_back(p->tokens[i * places + c]);
+                row.push_back(b);
+                at.push_back(p->start[i] + c);
+                read.insert(read.end(), feature.data() + b * d, feature.data() + (b + 1) * d);
+            }
+            asked.push_back((int64_t)token.size() - 1);
+            committed.push_back(position[b]);
+            who.push_back(b);
+        }
+        const int64_t n = token.size(), asking = asked.size();
+        if (!n) continue;
+        const std::vector<int64_t> none(asking, 0);
+        out.resize(asking * d);
+        const Reading reading = {n, asking, p->cache_rows, p->positions, p->turns, 0, 0, token.data(), row.data(),
+                                 at.data(), at.data(), asked.data(), committed.data(), none.data(), nullptr, read.data(),
+                                 p->rotations, p->step[j], p->context[j], p->gate[j], p->cache, out.data()};
+        if (padrec_read(m, &reading, threads)) return 1;
+        for (int64_t a = 0; a < asking; a++) memcpy(feature.data() + who[a] * d, out.data() + a * d, d * sizeof(float));
     }
     return 0;
 }

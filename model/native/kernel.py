@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from model.item_trie import Availability, ItemTrie
 from model.kv_cache import Sight, Write
 from model.layer import LayerWeights
 
@@ -80,7 +81,7 @@ class _Pass(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("tokens", "rows", "positions", "turns", "extra", "stride", "num_features")),
         *((name, _pointer) for name in ("token", "row", "at", "position", "committed", "seeing", "feature_layers")),
-        *((name, _pointer) for name in ("seen", "rotations", "cache", "scratch", "hidden", "features")),
+        *((name, _pointer) for name in ("seen", "rotations", "cache", "hidden", "features")),
     ]
 
 
@@ -99,7 +100,35 @@ class _Reading(ctypes.Structure):
         *((name, _pointer) for name in ("token", "row", "at", "position", "asked", "committed", "seeing")),
         *((name, _pointer) for name in ("seen", "features", "rotations", "step", "context")),
         ("gate", ctypes.c_float),
-        *((name, _pointer) for name in ("cache", "scratch", "out")),
+        *((name, _pointer) for name in ("cache", "out")),
+    ]
+
+
+class _Trie(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("items", "levels", "nodes", "first_leaf", "size")),
+        *((name, _pointer) for name in ("leaf_start", "first_child", "column", "level_columns")),
+        *((name, _pointer) for name in ("run_end", "item_tokens", "depth", "head")),
+    ]
+
+
+class _May(ctypes.Structure):
+    _fields_ = [("width", _number), *((name, _pointer) for name in ("passing", "filter_slot", "excluded"))]
+
+
+class _Groups(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("rows", "groups")),
+        *((name, _pointer) for name in ("node", "leaf", "length", "hidden", "best", "child", "score")),
+    ]
+
+
+class _Chain(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("rows", "steps", "cache_rows", "positions", "turns")),
+        *((name, _pointer) for name in ("node", "position", "remaining", "feature", "rotations")),
+        *((name, _pointer) for name in ("step", "context", "gate", "cache")),
+        *((name, _pointer) for name in ("tokens", "length", "leaf", "end", "choice", "slot", "start")),
     ]
 
 
@@ -111,12 +140,10 @@ def load() -> Any | None:
     if not found:
         return None
     library = ctypes.CDLL(str(found[0]))
-    library.padrec_scratch.restype = _number
-    library.padrec_scratch.argtypes = [_pointer, _number, _number, _number, _number]
     library.padrec_pass.argtypes = [_pointer, _pointer, ctypes.c_int]
-    library.padrec_reading_scratch.restype = _number
-    library.padrec_reading_scratch.argtypes = [_pointer] + [_number] * 5
     library.padrec_read.argtypes = [_pointer, _pointer, ctypes.c_int]
+    library.padrec_choose.argtypes = [_pointer] * 3 + [ctypes.c_int]
+    library.padrec_chain.argtypes = [_pointer] * 4 + [ctypes.c_int]
     library.padrec_linear.argtypes = [_pointer] * 4 + [_number] * 3 + [ctypes.c_int]
     return library
 
@@ -194,7 +221,6 @@ class NativeTarget:
             self._kept[0].data_ptr(),
             self._kept[1].data_ptr(),
         )
-        self._scratch = torch.empty(0)
 
     def __call__(
         self, tokens: Tensor, places: Places, cache: Tensor, rotations: Tensor, features: Sequence[int]
@@ -206,9 +232,6 @@ class NativeTarget:
         rows, positions = cache.shape[2], cache.shape[4]
         count, extra, threads = len(tokens), places.seen.shape[1], torch.get_num_threads()
         held = [tokens.long().contiguous(), *_ready(places)]
-        needed = library.padrec_scratch(ctypes.byref(self._model), count, positions, extra, threads)
-        if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed)
         outputs = torch.empty(1 + len(features), count, self.size)
         layers = (_number * len(features))(*features)
         into = (_pointer * len(features))(*(output.data_ptr() for output in outputs[1:]))
@@ -225,7 +248,6 @@ class NativeTarget:
             held[6].data_ptr(),
             rotations.data_ptr(),
             cache.data_ptr(),
-            self._scratch.data_ptr(),
             outputs.data_ptr(),
             ctypes.addressof(into),
         )
@@ -285,7 +307,11 @@ class NativeDraft:
         )
         sizes = (len(weights.token_part), self.size, heads, head_size, weights.down.shape[1])
         self._model = _Draft(*sizes, floor, *(tensor.data_ptr() for tensor in self._kept))
-        self._scratch = torch.empty(0)
+
+    @property
+    def pointer(self) -> Any:
+        """The draft as the compiled functions take it; alive as long as this object is."""
+        return ctypes.byref(self._model)
 
     def __call__(
         self,
@@ -306,10 +332,6 @@ class NativeDraft:
         row, at, position, committed, seeing, seen = _ready(places)
         held = (tokens.long().contiguous(), row, at, position, asked.contiguous(), committed, seeing, seen)
         features, out = features.contiguous(), torch.empty(asking, self.size)
-        sizes = (count, asking, positions, extra, threads)
-        needed = library.padrec_reading_scratch(ctypes.byref(self._model), *sizes)
-        if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed)
         one = _Reading(
             count,
             asking,
@@ -325,12 +347,112 @@ class NativeDraft:
             None if step is None or step.context is None else step.context.data_ptr(),
             0.0 if step is None else step.constant,
             cache.data_ptr(),
-            self._scratch.data_ptr(),
             out.data_ptr(),
         )
         if library.padrec_read(ctypes.byref(self._model), ctypes.byref(one), threads):
             raise IndexError("a token, row or position lies outside the model or its cache")
         return out
+
+
+class ChainRoot(NamedTuple):
+    """Where chains start: `node`, `position` of the next token, `remaining` items to guess at, each [B], and the
+    draft's `feature` [B, d] there."""
+
+    node: Tensor
+    position: Tensor
+    remaining: Tensor
+    feature: Tensor
+
+
+class Chain(NamedTuple):
+    """A chain of J draft choices a row, as in `model.decoding.draft_tree.DraftTree` with one node a step: `tokens`
+    [B, J, L + 1], the rest [B, J]."""
+
+    tokens: Tensor
+    length: Tensor
+    leaf: Tensor
+    end: Tensor
+    choice: Tensor
+    slot: Tensor
+    start: Tensor
+
+
+class NativeChoices:
+    """Choices among legal children of an item trie by a target's head, and chains of them by a draft."""
+
+    def __init__(self, trie: ItemTrie, head: NativeLinear) -> None:
+        sizes = trie.vocabulary.codebook_sizes
+        self._columns = torch.tensor([0, *sizes]).cumsum(0)
+        self._kept = (trie, head)
+        tables = (trie.leaf_start, trie.first_child, trie.column, self._columns, trie.run_end, trie.item_tokens)
+        pointers = (table.data_ptr() for table in (*tables, trie.depth, head.packed))
+        shape = (trie.num_items, trie.num_levels, trie.num_nodes, trie.first_leaf, head.columns)
+        self._trie, self.places = _Trie(*shape, *pointers), trie.num_levels + 1
+
+    def best(
+        self, hidden: Tensor, nodes: Tensor, may: Availability, leaf: Tensor, length: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For `hidden` [B, G, d] at `nodes` [B, G]: index [B, G] of the best legal child among the children, the
+        child, and its log-probability in nats. Group g lies behind the first g runs of its row, which completed
+        `leaf` [B, G - 1] and have `length` [B, G - 1] tokens (0: there is no such group; what is said of it means
+        nothing)."""
+        library = load()
+        assert library is not None
+        best, child, score = torch.empty_like(nodes), torch.empty_like(nodes), torch.empty(nodes.shape)
+        held = tuple(tensor.contiguous() for tensor in (nodes, leaf, length, hidden))
+        outputs = (best, child, score)
+        groups = _Groups(*nodes.shape, *(tensor.data_ptr() for tensor in (*held, *outputs)))
+        allowed, kept = _allowed(may)
+        given = (ctypes.byref(self._trie), ctypes.byref(allowed), ctypes.byref(groups))
+        if library.padrec_choose(*given, torch.get_num_threads()):
+            raise IndexError("a node lies outside the trie")
+        del kept
+        return outputs
+
+    def chain(
+        self,
+        draft: NativeDraft,
+        terms: Sequence[StepTerm | None],
+        cache: Tensor,
+        rotations: Tensor,
+        may: Availability,
+        root: ChainRoot,
+    ) -> Chain:
+        """Draft one choice per term, each its best; keys and values go where they stay if it is accepted."""
+        library = load()
+        assert library is not None
+        rows, steps = len(root.node), len(terms)
+        shape = (rows, steps)
+        tokens = torch.empty(rows, steps, self.places, dtype=torch.int64)
+        outputs = (tokens, *torch.empty(6, *shape, dtype=torch.int64).unbind())
+        held = [tensor.contiguous() for tensor in root]
+        pointers = [None if term is None else term.embedding.data_ptr() for term in terms]
+        contexts = [None if term is None or term.context is None else term.context.data_ptr() for term in terms]
+        arrays = ((_pointer * steps)(*pointers), (_pointer * steps)(*contexts))
+        gates = (ctypes.c_float * steps)(*(0.0 if term is None else term.constant for term in terms))
+        given = _Chain(
+            *shape,
+            cache.shape[2],
+            cache.shape[4],
+            len(rotations),
+            *(tensor.data_ptr() for tensor in held),
+            rotations.data_ptr(),
+            *(ctypes.addressof(array) for array in (*arrays, gates)),
+            cache.data_ptr(),
+            *(tensor.data_ptr() for tensor in outputs),
+        )
+        allowed, kept = _allowed(may)
+        called = (ctypes.byref(self._trie), ctypes.byref(allowed), draft.pointer, ctypes.byref(given))
+        if library.padrec_chain(*called, torch.get_num_threads()):
+            raise IndexError("a token, node or position lies outside the model, the trie or the cache")
+        del kept
+        return Chain(*outputs)
+
+
+def _allowed(may: Availability) -> tuple[_May, list[Tensor]]:
+    """What rows may emit as the kernel takes it, and the tensors to keep alive meanwhile."""
+    held = [tensor.contiguous() for tensor in may]
+    return _May(may.excluded.shape[1], *(tensor.data_ptr() for tensor in held)), held
 
 
 def _ready(places: Places) -> list[Tensor]:

@@ -18,10 +18,10 @@ from model.catalog import Catalog
 from model.config import ListsConfig
 from model.data.batches import shuffled_within_ties
 from model.data.histories import History
-from model.decoding.list_decoder import Budget, Choice, ListDecoder
+from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.request import ListRequest
-from model.item_trie import ItemTrie
+from model.item_trie import Children, ItemTrie
 from model.semantic_id import Codes
 from model.target import Target
 
@@ -75,9 +75,9 @@ def write_lists(
     decisions: dict[str, list[tuple[int, Tensor]]] = {r.request_id: [] for r in requests}
     size = target.vocabulary.max_codebook_size
 
-    def record(rows: Sequence[int], nodes: Tensor, choice: Choice) -> None:
+    def record(rows: Sequence[int], nodes: Tensor, log_probs: Tensor, children: Children) -> None:
         dense = torch.full((len(nodes), size), float("-inf"))
-        dense.scatter_reduce_(1, trie.code[choice.children.nodes[:, 0]].long(), choice.log_probs[:, 0], "amax")
+        dense.scatter_reduce_(1, trie.code[children.nodes[:, 0]].long(), log_probs[:, 0], "amax")
         for place, index in enumerate(rows):
             row = decoder.rows.held[index]
             if row is not None:

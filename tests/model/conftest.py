@@ -30,11 +30,15 @@ class Tiny:
     target: Target
     codes: list[Codes]
 
-    def draft(self, seed: int = 0, *, item: bool = True) -> Draft:
+    def draft(self, seed: int = 0, *, item: bool = True, adversarial: bool = False) -> Draft:
+        """A random draft; an adversarial one likes best what the random one likes least."""
         torch.manual_seed(seed)
         slots = self.target.vocabulary.num_slots
-        shape = DraftShape(32, 4, 48, slots, 4, (0, 1, 2), item, "gated" if item else "none")
-        return Draft(DraftNetwork(shape), self.target.embedding, self.target.vocabulary)
+        shape = DraftShape(32, 2, 48, slots, 4, (0, 1, 2), item, "gated" if item else "none")
+        network = DraftNetwork(shape)
+        if adversarial:
+            network.norms[2].data.neg_()
+        return Draft(network, self.target.embedding, self.target.vocabulary)
 
     def twin(self, request: ListRequest) -> ListResult:
         return self.twin_and_margin(request)[0]

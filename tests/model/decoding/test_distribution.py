@@ -164,8 +164,10 @@ def drafts(world: World) -> dict[str, Draft]:
             draft_loss(trained, target.embedding, head, target.head_columns, batch, config).backward()
             optimiser.step()
     drafts["trained"] = Draft(trained, target.embedding, vocabulary)
-    drafts["adversarial"] = Draft(trained, target.embedding, vocabulary)
-    drafts["adversarial"].last_scale = -drafts["adversarial"].last_scale
+    opposed = DraftNetwork(network.shape)
+    opposed.load_state_dict(trained.state_dict())
+    opposed.norms[2].data.neg_()
+    drafts["adversarial"] = Draft(opposed, target.embedding, vocabulary)
     return drafts
 
 

@@ -100,11 +100,11 @@ def test_every_mode_writes_what_the_slow_twin_writes(tiny: Tiny, mode: str, item
     running.rows.check_integrity()
 
 
-def test_an_adversarial_draft_changes_nothing_but_the_speed(tiny: Tiny) -> None:
-    draft = tiny.draft()
-    draft.last_scale.neg_()
+@pytest.mark.parametrize("mode", ["chain", "tree"])
+def test_an_adversarial_draft_changes_nothing_but_the_speed(tiny: Tiny, mode: str) -> None:
     requests = mixed(tiny, 8, seed=4)
-    assert_same(tiny, requests, decode_all(decoder(tiny, draft), requests).results)
+    running = decoder(tiny, tiny.draft(adversarial=True), mode)
+    assert_same(tiny, requests, decode_all(running, requests).results)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -202,3 +203,16 @@ def test_what_points_outside_is_refused_and_nothing_is_written() -> None:
     assert not bool(cache.data.any())
     native(tokens.int(), places, cache, Write(row, places), first)
     assert bool(cache.data.any())
+
+
+def test_two_threads_may_run_passes_of_one_model_at_once() -> None:
+    native, _ = pair(CONFIGS["llama"])
+    tokens = torch.randint(0, VOCABULARY.size, (4, 40))
+    positions, rows = torch.arange(40).expand(4, -1), torch.arange(4)[:, None]
+
+    def hidden(_: int) -> torch.Tensor:
+        return native(tokens, positions, native.new_cache(4, 40), Write(rows, positions), Sight(None, None, 40)).hidden
+
+    right = hidden(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, right) for found in pool.map(hidden, range(60)))
