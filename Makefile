@@ -63,7 +63,7 @@ peers: install ## an environment with exact pins for each engine we compare with
 bench-peers: install data ## ours and other engines in one run, same target and requests (missing ones are skipped)
 	$(BIN)/padrec bench peers --bundle $(BUNDLE)
 
-train: install data ## MovieLens-100K to model/bundles (about 35 minutes on 2 free cores)
+train: install data ## MovieLens-100K to model/bundles (about an hour on 2 free cores)
 	$(BIN)/padrec train model/recipes/movielens-100k.toml
 
 check: install-dev ## ruff, mypy strict, import contracts
