@@ -12,7 +12,7 @@ from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.request import ListRequest
 
 LOADS = (1, 2, 4, 8, 16, 32, 64)
-CANDIDATES = (Budget(0), Budget(1), Budget(2), Budget(3), Budget(4), Budget(6))
+CANDIDATES = tuple(Budget(steps) for steps in range(7))
 
 
 def expected_decisions(budget: Budget, survival: Sequence[float]) -> float:

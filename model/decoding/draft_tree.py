@@ -160,34 +160,27 @@ def grow(
 
 
 def grow_chain(
-    choices: NativeChoices,
-    draft: Draft | None,
-    may: Availability,
-    cache: KVCache | None,
-    root: Root,
-    steps: int,
+    choices: NativeChoices, draft: Draft | None, may: Availability, cache: KVCache | None, root: ChainRoot, steps: int
 ) -> DraftTree:
-    """`grow` for greedy rows and width 1, in one call of the compiled kernel."""
+    """What the draft reads first, and then `grow` for greedy rows and width 1, in one call of the compiled kernel."""
     rows = len(root.node)
     none = root.node.new_empty(rows, 0)
     if not steps:
         tokens = none.unsqueeze(-1).expand(rows, 0, choices.places)
         return DraftTree(tokens, none, none, none, none, none, none, none, none.bool(), None)
     assert draft is not None and cache is not None, "drafting needs a draft"
-    start = ChainRoot(root.node, root.position, root.remaining, root.feature)
-    chain = draft.chain(choices, cache, may, start, steps)
-    parent = torch.arange(steps).expand(rows, steps)
+    chain = draft.chain(choices, cache, may, root, steps)
     return DraftTree(
-        chain.tokens,
-        chain.length,
-        chain.leaf,
-        chain.end,
-        parent,
-        chain.choice,
-        chain.slot,
-        chain.start,
-        none.bool(),
-        None,
+        tokens=chain.tokens,
+        length=chain.length,
+        leaf=chain.leaf,
+        node=chain.end,
+        parent=torch.arange(steps).expand(rows, steps),
+        choice=chain.choice,
+        slot=chain.slot,
+        start=chain.start,
+        sees=none.bool(),
+        children=None,
     )
 
 

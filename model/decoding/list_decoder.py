@@ -36,7 +36,7 @@ from model.decoding.verify import Verdict, accept
 from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie, Run
 from model.kv_cache import Sight, Write
-from model.native.kernel import NativeChoices, NativeLinear
+from model.native.kernel import ChainRoot, NativeChoices, NativeLinear
 from model.target import Target
 
 Tensor = torch.Tensor
@@ -189,8 +189,8 @@ class ListDecoder:
         tree = self._draft_tree(count, sampling, budget)
         drafted = time.perf_counter()
         length = torch.cat([self.rows.pending_length[:count], tree.length], dim=1)
-        packing = pack(length, self.places)
-        hidden, feature = self._verify(count, tree, packing, budget)
+        packing = None if tree.children is None else pack(length, self.places)
+        hidden, feature = self._verify(count, tree, length, packing, budget)
         nodes = torch.cat([self.rows.node[:count, None], tree.node], dim=1)
         if self.choices is not None and tree.children is None:
             may = self.rows.may(slice(count))
@@ -206,7 +206,7 @@ class ListDecoder:
         self.rows.advance(torch.arange(count, device=base.device), base, gain)
         self._account(indices, choice.score.gather(1, verdict.path)[indices], _rows_of(gain, indices))
         ended = time.perf_counter()
-        stats = self._book(indices, tree, verdict, packing, (drafted - started, ended - drafted), budget)
+        stats = self._book(indices, tree, verdict, int(length.sum()), (drafted - started, ended - drafted), budget)
         return [self.rows.finish(i) for i in indices if self.rows.row(i).done], stats
 
     def _budget(self, indices: list[int]) -> Budget:
@@ -223,13 +223,15 @@ class ListDecoder:
     def _draft_tree(self, count: int, sampling: Sampling | None, budget: Budget) -> DraftTree:
         rows = self.rows
         position = rows.base[:count] + rows.pending_length[:count, 0]
-        root = Root(rows.fresh_feature[:count, 0], rows.node[:count], position, rows.draftable[:count], sampling)
+        node, remaining, may = rows.node[:count], rows.draftable[:count], rows.may(slice(count))
+        if self.choices is not None and sampling is None and self.record is None and budget.width == 1:
+            fresh = (rows.fresh_tokens[:count], rows.fresh_length[:count], rows.fresh_feature[:count])
+            start = ChainRoot(node, position, remaining, *fresh)
+            return grow_chain(self.choices, self.draft, may, self.draft_cache, start, budget.steps)
+        root = Root(rows.fresh_feature[:count, 0], node, position, remaining, sampling)
         if budget.steps and self.draft and self.draft_cache:
             root = root._replace(feature=self._read_fresh(count, position))
-        if self.choices is not None and sampling is None and self.record is None and budget.width == 1:
-            may = rows.may(slice(count))
-            return grow_chain(self.choices, self.draft, may, self.draft_cache, root, budget.steps)
-        return grow(self.draft, self.target, self.trie, rows.may(slice(count)), self.draft_cache, root, *budget)
+        return grow(self.draft, self.target, self.trie, may, self.draft_cache, root, *budget)
 
     def _read_fresh(self, count: int, position: Tensor) -> Tensor:
         """Draft step 0: read the runs gained since the last draft, with the target's features; [B, d] at the last."""
@@ -245,10 +247,18 @@ class ListDecoder:
         at, sight = write_at(stored), Sight(position, None, reach)
         return self.draft.ask(tokens, feature, stored, 0, self.draft_cache, at, last, sight)[:, 0]
 
-    def _verify(self, count: int, tree: DraftTree, packing: Packing, budget: Budget) -> tuple[Tensor, Tensor | None]:
-        """The target's pass over pending run and tree: hidden states and fused features [B, G, d] at group ends."""
+    def _verify(
+        self, count: int, tree: DraftTree, length: Tensor, packing: Packing | None, budget: Budget
+    ) -> tuple[Tensor, Tensor | None]:
+        """The target's pass over pending run and tree, runs of `length` [B, G]: hidden states and fused features
+        [B, G, d] at group ends. Without a `packing` the kernel takes the runs as they are."""
         rows, base = self.rows, self.rows.base[:count]
-        tokens = torch.cat([rows.pending_tokens[:count], tree.tokens], dim=1).flatten(1).gather(1, packing.source)
+        tokens = torch.cat([rows.pending_tokens[:count], tree.tokens], dim=1)
+        layers = self.draft.feature_layers if self.draft else ()
+        if packing is None:
+            output = self.target.runs(tokens, length, base, self.cache, layers)
+            return output.hidden, self.draft.fuse_features(output.features) if self.draft else None
+        tokens = tokens.flatten(1).gather(1, packing.source)
         group, place = packing.source // self.places, packing.source % self.places
         positions = torch.cat([base[:, None], tree.start], dim=1).gather(1, group) + place
         width = packing.source.shape[1]
@@ -258,7 +268,6 @@ class ListDecoder:
             own = order & pick(tree.sees, group).gather(2, group.unsqueeze(1).expand(-1, width, -1))
         stored = base[:, None] + torch.arange(width, device=base.device)
         reach = self.cache.num_positions if base.is_cuda else int(base.max()) + width
-        layers = self.draft.feature_layers if self.draft else ()
         at = self._packed(write_at(stored), packing.valid)
         output = self.target(tokens, positions, self.cache, at, Sight(base, own, reach), layers)
         if self.draft is None:
@@ -319,12 +328,12 @@ class ListDecoder:
         )
 
     def _settle(
-        self, count: int, tree: DraftTree, packing: Packing, verdict: Verdict, gain: Gain, budget: Budget
+        self, count: int, tree: DraftTree, packing: Packing | None, verdict: Verdict, gain: Gain, budget: Budget
     ) -> Tensor:
         """Move accepted keys/values into place; the target's cache then holds [B] tokens a row."""
         base, pending = self.rows.base[:count], self.rows.pending_length[:count, 0]
         grown = pending + gain.length.sum(1) - gain.length.gather(1, gain.last[:, None])[:, 0]
-        if budget.width > 1:  # a chain's accepted tokens are in place already
+        if packing is not None and budget.width > 1:  # a chain's accepted tokens are in place already
             group = packing.source // self.places
             on_path = (group.unsqueeze(-1) == verdict.path.unsqueeze(1)).any(-1) & packing.valid
             picked = (~on_path).long().argsort(dim=1, stable=True)
@@ -344,7 +353,7 @@ class ListDecoder:
         indices: list[int],
         tree: DraftTree,
         verdict: Verdict,
-        packing: Packing,
+        target_tokens: int,
         seconds: tuple[float, float],
         budget: Budget,
     ) -> RoundStats:
@@ -370,7 +379,7 @@ class ListDecoder:
             rows=len(indices),
             draft_seconds=seconds[0],
             verify_seconds=seconds[1],
-            target_tokens=int(packing.total.sum()),
+            target_tokens=target_tokens,
             draft_tokens=sum(drafted_by_step),
             accepted_tokens=sum(accepted_by_step),
             forced_tokens=sum(max(0, pending[index] - 1) for index in indices),

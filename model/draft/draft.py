@@ -119,9 +119,10 @@ class Draft:
     def chain(
         self, choices: kernel.NativeChoices, cache: KVCache, may: Availability, root: kernel.ChainRoot, steps: int
     ) -> kernel.Chain:
-        """Draft `steps` choices a row, each the best legal one. Only where the compiled kernel runs."""
+        """Read what is fresh at step 0, then draft `steps` choices a row, each the best legal one. Only where the
+        compiled kernel runs."""
         assert self.native is not None, "only the kernel drafts chains"
-        terms = [self._terms[min(step + 1, len(self._terms) - 1)] for step in range(steps)]
+        terms = [self._terms[min(step, len(self._terms) - 1)] for step in range(steps)]
         return choices.chain(self.native, terms, cache.data, self._rotations, may, root)
 
     def _ask_native(

@@ -90,18 +90,31 @@ struct Groups {
     float *score;
 };
 
-/* A chain of draft choices for each row: it starts at `node` with `feature` [rows, size], may complete `remaining`
- * items; `position` is that of its first token. The rest is written, [rows, steps] each, `tokens` [rows, steps, levels
- * + 1]; `length` 0: no choice. */
+/* A chain of draft choices for each row: it starts at `node`, may complete `remaining` items; `position` is that of its
+ * first token. Before it the draft reads the row's `gains` fresh runs, `fresh_tokens` [rows, gains, levels + 1] of
+ * `fresh_length` [rows, gains], each with its `fresh_feature` [rows, gains, size]. Entry j of `step`, `context` and
+ * `gate` belongs to draft step j; step 0 reads the fresh runs. The rest is written, [rows, steps] each, `tokens` [rows,
+ * steps, levels + 1]; `length` 0: no choice. */
 struct Chain {
-    int64_t rows, steps, cache_rows, positions, turns;
-    const int64_t *node, *position, *remaining;
-    const float *feature, *rotations;
+    int64_t rows, steps, gains, cache_rows, positions, turns;
+    const int64_t *node, *position, *remaining, *fresh_tokens, *fresh_length;
+    const float *fresh_feature, *rotations;
     const float *const *step;
     const float *const *context;
     const float *gate;
     float *cache;
     int64_t *tokens, *length, *leaf, *end, *choice, *slot, *start;
+};
+
+/* A pass over each row's pending run and the chain of drafted runs behind it, [rows, groups, places] `tokens` of
+ * `length` [rows, groups] (group 0: pending; rows of length 0 are idle), stored from `base` [rows] on. `hidden` and
+ * `features` [rows, groups, size] are those of each group's last token (an absent group's: the one before it). */
+struct Runs {
+    int64_t rows, groups, places, cache_rows, positions, turns, num_features;
+    const int64_t *tokens, *length, *base, *feature_layers;
+    const float *rotations;
+    float *cache, *hidden;
+    float **features;
 };
 
 enum Mode { STORE, ADD, GATE };
@@ -492,13 +505,53 @@ int padrec_choose(const Trie *t, const May *may, const Groups *p, int threads) {
     return 0;
 }
 
+/* Tokens for a draft to read, row by row, and whose outputs are wanted. */
+struct Reader {
+    std::vector<int64_t> token, row, at, asked, committed;
+    std::vector<float> features, out;
+
+    void add(int64_t which, int64_t where, int64_t id, const float *feature, int64_t size) {
+        token.push_back(id), row.push_back(which), at.push_back(where);
+        features.insert(features.end(), feature, feature + size);
+    }
+    void ask(int64_t seen) { asked.push_back((int64_t)token.size() - 1), committed.push_back(seen); }
+
+    /* Reads everything at draft step j, puts the outputs into `feature` [rows, size], and starts over. */
+    int read(const Draft *m, const Chain *p, int64_t j, float *feature, int threads) {
+        const int64_t n = token.size(), asking = asked.size(), d = m->size;
+        const std::vector<int64_t> none(asking, 0);
+        out.resize(asking * d);
+        const Reading reading = {n, asking, p->cache_rows, p->positions, p->turns, 0, 0, token.data(), row.data(),
+                                 at.data(), at.data(), asked.data(), committed.data(), none.data(), nullptr,
+                                 features.data(), p->rotations, p->step[j], p->context[j], p->gate[j], p->cache,
+                                 out.data()};
+        if (padrec_read(m, &reading, threads)) return 1;
+        for (int64_t a = 0; a < asking; a++) memcpy(feature + row[asked[a]] * d, out.data() + a * d, d * sizeof(float));
+        token.clear(), row.clear(), at.clear(), asked.clear(), committed.clear(), features.clear();
+        return 0;
+    }
+};
+
 /* Returns 1 as padrec_pass does; a later step may have written by then. */
 int padrec_chain(const Trie *t, const May *may, const Draft *m, const Chain *p, int threads) {
     const int64_t places = t->levels + 1, d = m->size, steps = p->steps;
     if (outside(p->node, p->rows, t->nodes - 1)) return 1;
-    std::vector<float> feature(p->feature, p->feature + p->rows * d), read, out;
+    std::vector<float> feature(p->rows * d);
     std::vector<int64_t> node(p->node, p->node + p->rows), position(p->position, p->position + p->rows);
-    std::vector<int64_t> remaining(p->remaining, p->remaining + p->rows), token, row, at, asked, committed, who;
+    std::vector<int64_t> remaining(p->remaining, p->remaining + p->rows);
+    Reader reader;
+    for (int64_t b = 0; b < p->rows; b++) {
+        const int64_t *length = p->fresh_length + b * p->gains;
+        int64_t at = position[b];
+        for (int64_t g = 0; g < p->gains; g++) at -= length[g];
+        if (at == position[b]) continue;
+        for (int64_t g = 0; g < p->gains; g++)
+            for (int64_t c = 0; c < length[g]; c++)
+                reader.add(b, at++, p->fresh_tokens[(b * p->gains + g) * places + c],
+                           p->fresh_feature + (b * p->gains + g) * d, d);
+        reader.ask(position[b]);
+    }
+    if (reader.read(m, p, 0, feature.data(), threads)) return 1;
     for (int64_t j = 0; j < steps; j++) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (p->rows > 8)
         for (int64_t b = 0; b < p->rows; b++) {
@@ -520,30 +573,51 @@ int padrec_chain(const Trie *t, const May *may, const Draft *m, const Chain *p, 
             remaining[b] = found ? remaining[b] - done : 0;
         }
         if (j + 1 == steps) break;
-        token.clear(), row.clear(), at.clear(), asked.clear(), committed.clear(), who.clear(), read.clear();
         for (int64_t b = 0; b < p->rows; b++) {
-            const int64_t i = b * steps + j, length = p->length[i];
-            if (!length) continue;
-            for (int64_t c = 0; c < length; c++) { /* all tokens of a run share the feature that chose it */
-                token.push_back(p->tokens[i * places + c]);
-                row.push_back(b);
-                at.push_back(p->start[i] + c);
-                read.insert(read.end(), feature.data() + b * d, feature.data() + (b + 1) * d);
-            }
-            asked.push_back((int64_t)token.size() - 1);
-            committed.push_back(position[b]);
-            who.push_back(b);
+            const int64_t i = b * steps + j;
+            for (int64_t c = 0; c < p->length[i]; c++) /* all tokens of a run share the feature that chose it */
+                reader.add(b, p->start[i] + c, p->tokens[i * places + c], feature.data() + b * d, d);
+            if (p->length[i]) reader.ask(position[b]);
         }
-        const int64_t n = token.size(), asking = asked.size();
-        if (!n) continue;
-        const std::vector<int64_t> none(asking, 0);
-        out.resize(asking * d);
-        const Reading reading = {n, asking, p->cache_rows, p->positions, p->turns, 0, 0, token.data(), row.data(),
-                                 at.data(), at.data(), asked.data(), committed.data(), none.data(), nullptr, read.data(),
-                                 p->rotations, p->step[j], p->context[j], p->gate[j], p->cache, out.data()};
-        if (padrec_read(m, &reading, threads)) return 1;
-        for (int64_t a = 0; a < asking; a++) memcpy(feature.data() + who[a] * d, out.data() + a * d, d * sizeof(float));
+        if (reader.read(m, p, j + 1, feature.data(), threads)) return 1;
     }
+    return 0;
+}
+
+/* Returns 1 as padrec_pass does. */
+int padrec_runs(const Model *m, const Runs *p, int threads) {
+    const int64_t d = m->size, most = p->groups * p->places;
+    std::vector<int64_t> token, row, at, committed, seeing, ends(p->rows * p->groups, -1);
+    std::vector<int32_t> seen(most);
+    for (int64_t i = 0; i < most; i++) seen[i] = i;
+    for (int64_t b = 0; b < p->rows; b++) {
+        int64_t written = 0;
+        for (int64_t g = 0; g < p->groups; g++) {
+            const int64_t i = b * p->groups + g;
+            if (p->length[i] < 0 || p->length[i] > p->places) return 1;
+            for (int64_t c = 0; c < p->length[i]; c++) {
+                token.push_back(p->tokens[i * p->places + c]), row.push_back(b), at.push_back(p->base[b] + written++);
+                committed.push_back(p->base[b]), seeing.push_back(written);
+            }
+            if (written) ends[i] = (int64_t)token.size() - 1;
+        }
+    }
+    const int64_t n = token.size();
+    std::vector<float> out((1 + p->num_features) * n * d);
+    std::vector<float *> features;
+    for (int64_t f = 0; f < p->num_features; f++) features.push_back(out.data() + (1 + f) * n * d);
+    const Pass pass = {n, p->cache_rows, p->positions, p->turns, most, 0, p->num_features, token.data(), row.data(),
+                       at.data(), at.data(), committed.data(), seeing.data(), p->feature_layers, seen.data(),
+                       p->rotations, p->cache, out.data(), features.data()};
+    if (padrec_pass(m, &pass, threads)) return 1;
+    for (int64_t i = 0; i < p->rows * p->groups; i++)
+        for (int64_t f = -1; f < p->num_features; f++) {
+            float *to = (f < 0 ? p->hidden : p->features[f]) + i * d;
+            if (ends[i] < 0)
+                memset(to, 0, d * sizeof(float));
+            else
+                memcpy(to, out.data() + ((1 + f) * n + ends[i]) * d, d * sizeof(float));
+        }
     return 0;
 }
 

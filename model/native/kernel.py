@@ -125,10 +125,19 @@ class _Groups(ctypes.Structure):
 
 class _Chain(ctypes.Structure):
     _fields_ = [
-        *((name, _number) for name in ("rows", "steps", "cache_rows", "positions", "turns")),
-        *((name, _pointer) for name in ("node", "position", "remaining", "feature", "rotations")),
+        *((name, _number) for name in ("rows", "steps", "gains", "cache_rows", "positions", "turns")),
+        *((name, _pointer) for name in ("node", "position", "remaining", "fresh_tokens", "fresh_length")),
+        *((name, _pointer) for name in ("fresh_feature", "rotations")),
         *((name, _pointer) for name in ("step", "context", "gate", "cache")),
         *((name, _pointer) for name in ("tokens", "length", "leaf", "end", "choice", "slot", "start")),
+    ]
+
+
+class _Runs(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("rows", "groups", "places", "cache_rows", "positions", "turns", "num_features")),
+        *((name, _pointer) for name in ("tokens", "length", "base", "feature_layers")),
+        *((name, _pointer) for name in ("rotations", "cache", "hidden", "features")),
     ]
 
 
@@ -144,6 +153,7 @@ def load() -> Any | None:
     library.padrec_read.argtypes = [_pointer, _pointer, ctypes.c_int]
     library.padrec_choose.argtypes = [_pointer] * 3 + [ctypes.c_int]
     library.padrec_chain.argtypes = [_pointer] * 4 + [ctypes.c_int]
+    library.padrec_runs.argtypes = [_pointer, _pointer, ctypes.c_int]
     library.padrec_linear.argtypes = [_pointer] * 4 + [_number] * 3 + [ctypes.c_int]
     return library
 
@@ -255,6 +265,38 @@ class NativeTarget:
             raise IndexError("a token, row or position lies outside the model or its cache")
         return outputs[0], list(outputs[1:])
 
+    def runs(
+        self, tokens: Tensor, length: Tensor, base: Tensor, cache: Tensor, rotations: Tensor, features: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A pass over chains of runs, `tokens` [B, G, Q] of `length` [B, G], stored from `base` [B] on, each token
+        seeing all before it. Hidden states and features [B, G, d] at the last token of each run (of the run before,
+        where `length` is 0)."""
+        library = load()
+        assert library is not None
+        (rows, groups, places), threads = tokens.shape, torch.get_num_threads()
+        held = [tensor.long().contiguous() for tensor in (tokens, length, base)]
+        outputs = torch.empty(1 + len(features), rows, groups, self.size)
+        layers = (_number * len(features))(*features)
+        into = (_pointer * len(features))(*(output.data_ptr() for output in outputs[1:]))
+        one = _Runs(
+            rows,
+            groups,
+            places,
+            cache.shape[2],
+            cache.shape[4],
+            len(rotations),
+            len(features),
+            *(tensor.data_ptr() for tensor in held),
+            ctypes.addressof(layers),
+            rotations.data_ptr(),
+            cache.data_ptr(),
+            outputs.data_ptr(),
+            ctypes.addressof(into),
+        )
+        if library.padrec_runs(ctypes.byref(self._model), ctypes.byref(one), threads):
+            raise IndexError("a token, row or position lies outside the model or its cache")
+        return outputs[0], tuple(outputs[1:])
+
     def _packed(self, layer: LayerWeights) -> _Layer:
         tensors = LayerWeights(
             pack(layer.qkv),
@@ -355,13 +397,15 @@ class NativeDraft:
 
 
 class ChainRoot(NamedTuple):
-    """Where chains start: `node`, `position` of the next token, `remaining` items to guess at, each [B], and the
-    draft's `feature` [B, d] there."""
+    """Where chains start: `node`, `position` of the next token and `remaining` items to guess at, each [B]; and what
+    the draft reads first: the fresh runs [B, g, Q] of `fresh_length` [B, g], with their features [B, g, d]."""
 
     node: Tensor
     position: Tensor
     remaining: Tensor
-    feature: Tensor
+    fresh_tokens: Tensor
+    fresh_length: Tensor
+    fresh_feature: Tensor
 
 
 class Chain(NamedTuple):
@@ -418,7 +462,8 @@ class NativeChoices:
         may: Availability,
         root: ChainRoot,
     ) -> Chain:
-        """Draft one choice per term, each its best; keys and values go where they stay if it is accepted."""
+        """Read the fresh runs with the first of `terms`, then draft one choice for each of them, the best legal one;
+        keys and values go where they stay if it is accepted."""
         library = load()
         assert library is not None
         rows, steps = len(root.node), len(terms)
@@ -432,6 +477,7 @@ class NativeChoices:
         gates = (ctypes.c_float * steps)(*(0.0 if term is None else term.constant for term in terms))
         given = _Chain(
             *shape,
+            root.fresh_length.shape[1],
             cache.shape[2],
             cache.shape[4],
             len(rotations),

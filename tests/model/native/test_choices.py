@@ -8,12 +8,15 @@ import torch
 from model.decoding.draft_tree import DraftTree, Root, grow, grow_chain, legal_logits
 from model.decoding.filters import FilterTable
 from model.decoding.request import CategoryFilter, RangeFilter
+from model.draft.draft import Draft
 from model.item_trie import Availability
+from model.kv_cache import KVCache, Sight, Write
 from model.native import kernel
 from tests.model.conftest import Tiny, tiny
 
 __all__ = ["tiny"]
 pytestmark = pytest.mark.skipif(kernel.load() is None, reason="the kernel is not compiled for this processor")
+Tensor = torch.Tensor
 FILTERS = ({}, {"genre": CategoryFilter(("a",))}, {"year": RangeFilter(1993, 1997)})
 
 
@@ -85,6 +88,20 @@ def same(one: DraftTree, other: DraftTree) -> bool:
     return all(torch.equal(a, b) for a, b in [*pairs, (one.tokens[tokens], other.tokens[tokens])])
 
 
+def read(draft: Draft, cache: KVCache, tokens: Tensor, length: Tensor, features: Tensor, position: Tensor) -> Tensor:
+    """Fresh runs read one row at a time: the draft's output [B, d] at the last token of each."""
+    outputs = []
+    for row in range(len(tokens)):
+        runs = [(tokens[row, g, : int(length[row, g])], features[row, g]) for g in range(2)]
+        flat = torch.cat([run for run, _ in runs])[None]
+        of_each = torch.cat([feature.expand(len(run), -1) for run, feature in runs])[None]
+        places = (position[row] - flat.shape[1] + torch.arange(flat.shape[1]))[None]
+        at, sight = Write(torch.tensor([[row]]), places), Sight(position[row : row + 1], None, int(position[row]))
+        last = torch.tensor([[flat.shape[1] - 1]])
+        outputs.append(draft.ask(flat, of_each, places, 0, cache, at, last, sight)[0])
+    return torch.cat(outputs)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("padrec", [True, False])
 def test_a_chain_is_the_tree_of_width_one(tiny: Tiny, rows: int, padrec: bool) -> None:
@@ -93,15 +110,21 @@ def test_a_chain_is_the_tree_of_width_one(tiny: Tiny, rows: int, padrec: bool) -
         torch.manual_seed(seed)
         draft, may = tiny.draft(seed, item=padrec), allowed(tiny, rows, rng)
         assert draft.native is not None
-        caches = [draft.new_cache(rows, 60) for _ in range(2)]
+        caches = [draft.new_cache(rows, 80) for _ in range(2)]
         before = torch.randn(1, 2, rows, 2, 9, 16)
         for cache in caches:
             cache.data[:, :, :, :, :9] = before
-        position = torch.randint(1, 10, (rows,))
+        # Two fresh runs (the second may be missing) end where the chain begins.
+        fresh = torch.randint(0, tiny.target.vocabulary.size, (rows, 2, 5))
+        length = torch.stack([torch.randint(1, 6, (rows,)), torch.randint(0, 6, (rows,))], dim=1)
+        features = torch.randn(rows, 2, 32)
+        position = torch.randint(1, 10, (rows,)) + length.sum(1)
         remaining = torch.tensor([rng.randrange(4) for _ in range(rows)])
-        root = Root(torch.randn(rows, 32), torch.zeros(rows, dtype=torch.int64), position, remaining)
+        node = torch.zeros(rows, dtype=torch.int64)
+        root = Root(read(draft, caches[0], fresh, length, features, position), node, position, remaining)
         tree = grow(draft, tiny.target, tiny.trie, may, caches[0], root, 5, 1)
-        chain = grow_chain(choices_of(tiny), draft, may, caches[1], root, 5)
+        start = kernel.ChainRoot(node, position, remaining, fresh, length, features)
+        chain = grow_chain(choices_of(tiny), draft, may, caches[1], start, 5)
         assert same(chain, tree), seed
         # What was guessed lies where it stays once it is accepted.
         for row in range(rows):

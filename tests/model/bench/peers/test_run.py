@@ -86,7 +86,7 @@ def test_a_task_holds_the_prompts_and_bans_of_our_own_decoder(
     assert len(task.items) == len(bundle.catalog.items)
     for asked, given in zip(requests, task.requests, strict=True):
         used = asked.history[-bundle.info.max_history_items :]
-        assert list(given.prompt) == vocabulary.prompt(used)
+        assert list(given.prompt) == vocabulary.list_prompt(used)
         assert set(given.banned) == {tuple(vocabulary.item_tokens(codes)[:-1]) for codes in asked.history}
 
 
