@@ -47,14 +47,25 @@ def measured_budget(
     chosen = {}
     for load in loads:
         batch = [requests[i % len(requests)] for i in range(load)]
-        seconds: dict[Budget, list[float]] = {c: [] for c in candidates}
+        seconds: dict[Budget, list[float]] = {}
+        prices: list[float] = []
+        for candidate in candidates:
+            seconds[candidate] = _round_seconds(decoder, batch, candidate, repeats)
+            prices.append(_price(seconds[candidate], candidate, survival))
+            if len(prices) > 2 and min(prices[-2:]) > prices[-3]:
+                break  # twice dearer: what is longer still would only take time to say so
         # Small batches are quick and noisy: more tries, turn by turn, so that a slow moment falls on all candidates.
-        for _ in range(max(1, 8 // load)):
-            for candidate in candidates:
-                seconds[candidate] += _round_seconds(decoder, batch, candidate, repeats)
-        chosen[load] = min(candidates, key=lambda c: median(seconds[c]) / expected_decisions(c, survival))
+        for _ in range(4 // load - 1):
+            for candidate, found in seconds.items():
+                found += _round_seconds(decoder, batch, candidate, repeats)
+        chosen[load] = min(seconds, key=lambda c: _price(seconds[c], c, survival))
     decoder.budget = LoadBudget(chosen)
     return decoder.budget
+
+
+def _price(seconds: Sequence[float], budget: Budget, survival: Sequence[float]) -> float:
+    """Seconds a decision."""
+    return median(seconds) / expected_decisions(budget, survival)
 
 
 def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> list[float]:

@@ -91,9 +91,13 @@ class Draft:
     ) -> Tensor:
         """Read as `read` does; output features [B, W, d] of the tokens `asked` [B, W] (places among the n), each
         seeing what `sight` says of it (`own` [B, W, m], or None: what is committed alone)."""
-        if self.native is not None:
-            return self._ask_native(tokens, features, positions, step, cache, at, asked, sight)
         rows, new = tokens.shape
+        if self.native is not None:
+            places = kernel.Places.asked(at, positions, asked.shape, sight)
+            flat = asked + new * torch.arange(rows)[:, None]
+            term = self._terms[min(step, len(self._terms) - 1)]
+            read = (tokens.flatten(), features.flatten(0, 1), places, flat.flatten(), term)
+            return self.native(*read, cache.data, self._rotations).view(*asked.shape, self.native.size)
         size = features.shape[-1]
         z = self.feature_part.add_to(self.token_part[tokens.flatten()], features.flatten(0, 1))
         z = self.network.positions.with_step(z, step)
@@ -124,23 +128,3 @@ class Draft:
         assert self.native is not None, "only the kernel drafts chains"
         terms = [self._terms[min(step, len(self._terms) - 1)] for step in range(steps)]
         return choices.chain(self.native, terms, cache.data, self._rotations, may, root)
-
-    def _ask_native(
-        self,
-        tokens: Tensor,
-        features: Tensor,
-        positions: Tensor,
-        step: int,
-        cache: KVCache,
-        at: Write,
-        asked: Tensor,
-        sight: Sight,
-    ) -> Tensor:
-        assert self.native is not None
-        (rows, new), wanted = tokens.shape, asked.shape
-        places = kernel.Places.asked(at, positions, wanted, sight)
-        flat = asked + new * torch.arange(rows)[:, None]
-        term = self._terms[min(step, len(self._terms) - 1)]
-        read = (tokens.flatten(), features.flatten(0, 1), places, flat.flatten(), term)
-        out = self.native(*read, cache.data, self._rotations)
-        return out.view(*wanted, self.native.size)

@@ -4,6 +4,7 @@ Knows bundle, engine and metrics; decides nothing about requests.
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -26,6 +27,8 @@ from service.worker.routes import Served, generate_routes
 
 STRATEGY = "list"
 
+logger = logging.getLogger("padrec.worker")
+
 
 def load_app(settings: Settings, drain: Drain) -> FastAPI:
     """The application around the bundle the settings name. Raises SettingsError or `model.bundle.BundleError`."""
@@ -36,6 +39,7 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
     # A bar would stand between the JSON lines of the log.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bundle = load_bundle(settings.bundle, dtype=settings.dtype, device=settings.device)
+    logger.info("bundle loaded", extra={"layers": "compiled kernel" if bundle.target.native else "torch"})
     decoder = bundle.list_decoder(num_rows=settings.num_rows, max_k=settings.max_k)
     info = bundle.info
     served = Served(info.name, info.version, info.catalog_version, settings.max_k, info.max_history_items)

@@ -119,8 +119,11 @@ async def _run(engine: Engine, asked: ListRequest, admission: Admission) -> List
         raise admission.refused(Draining("This process is shutting down.")) from error
     try:
         # Shielded: only the engine's thread may settle its futures.
+        answer = asyncio.wrap_future(future)
+        # A request that is cancelled fails after nobody waits for it any more; asyncio would call that an error.
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         async with asyncio.timeout(asked.deadline - time.monotonic() + GRACE_SECONDS):
-            return await asyncio.shield(asyncio.wrap_future(future))
+            return await asyncio.shield(answer)
     except (TimeoutError, InvalidRequest, DeadlineExceeded, RequestCancelled, EngineFailed) as error:
         raise _translated(error) from error
     finally:
