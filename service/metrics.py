@@ -151,6 +151,12 @@ class WorkerMetrics(HttpMetrics):
             ("strategy",),
             registry=registry,
         )
+        self.spec_skipped_rounds = Counter(
+            f"{PREFIX}_spec_skipped_rounds_total",
+            "Rounds that drafted nothing: it would not pay, or nobody asked for it",
+            ["strategy"],
+            registry=registry,
+        )
         self.target_passes_saved = Counter(
             f"{PREFIX}_target_passes_saved_total",
             "Passes that one token per pass would have taken in addition",

@@ -21,7 +21,7 @@ import torch
 from model.bundle import Bundle, BundleError, load_bundle
 from model.data.histories import histories
 from model.data.movielens import DataError, read_movielens
-from model.decoding.budget import LoadBudget, measured_budget
+from model.decoding.budget import measured_budget
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.plain import PlainTwin
@@ -161,6 +161,10 @@ def line(record: Record) -> str:
     )
 
 
+def _fixed(budget: Budget) -> Callable[[int], Budget]:
+    return lambda rows: budget
+
+
 def bench_exact(bundle: Bundle, requests: Sequence[ListRequest], say: Callable[[str], None]) -> list[Record]:
     """Every held-out user, alone and in mixed batches, with a trained, a random and an adversarial draft."""
     twins = twin_lists(bundle, requests)
@@ -176,7 +180,7 @@ def bench_exact(bundle: Bundle, requests: Sequence[ListRequest], say: Callable[[
     ):
         for batch in (1, 8, 32):
             for width in (1, 3):
-                budget = LoadBudget({batch: Budget(4, width)})
+                budget = _fixed(Budget(4, width))
                 decoder = bundle.list_decoder(num_rows=batch, max_k=requests[0].k, draft=draft, budget=budget)
                 decoded = decode_all(decoder, requests)
                 decoder.rows.check_integrity()

@@ -82,10 +82,11 @@ class ListDecoder:
     ) -> None:
         """`budget(rows in use)` decides how much a round drafts, within `max_steps` and `max_nodes`; `forced=False` is
         plain decoding, a token a pass. `record(rows, nodes [B], log_probs [B, G, C], children)` sees every choice made
-        without a draft."""
+        without a draft. `learn`, when set, is told of every round."""
         self.target, self.draft, self.trie, self.max_k = target, draft, trie, max_k
         self.budget, self.max_steps, self.max_nodes = budget, max_steps, max_nodes
         self.forced, self.record = forced, record
+        self.learn: Callable[[RoundStats], None] | None = None
         vocabulary = target.vocabulary
         self.places = vocabulary.tokens_per_item
         prompt = len(vocabulary.list_prompt(())) + max_history_items * self.places
@@ -207,6 +208,8 @@ class ListDecoder:
         self._account(indices, choice.score.gather(1, verdict.path)[indices], _rows_of(gain, indices))
         ended = time.perf_counter()
         stats = self._book(indices, tree, verdict, int(length.sum()), (drafted - started, ended - drafted), budget)
+        if self.learn:
+            self.learn(stats)
         return [self.rows.finish(i) for i in indices if self.rows.row(i).done], stats
 
     def _budget(self, indices: list[int]) -> Budget:

@@ -115,6 +115,7 @@ def publish_round(metrics: WorkerMetrics, stats: RoundStats) -> None:
     metrics.stage.labels("draft").observe(stats.draft_seconds)
     metrics.stage.labels("verify").observe(stats.verify_seconds)
     metrics.target_passes.labels(STRATEGY).inc(stats.rows)
+    metrics.spec_skipped_rounds.labels(STRATEGY).inc(not stats.draft_tokens)
     metrics.target_passes_saved.labels(STRATEGY).inc(stats.accepted_tokens + stats.forced_tokens)
     by_label = (
         (metrics.draft_per_position, stats.drafted_by_step),
