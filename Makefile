@@ -57,7 +57,7 @@ bench-serve: install data ## HTTP load over loopback
 bench-gpu: ## decoding on a CUDA device; plain python3 with torch, transformers, safetensors, numpy
 	$(PYTHON) -m model.bench.gpu
 
-peers: install ## an environment with exact pins for each engine we compare with (about 5 GB in .peers)
+peers: install ## an environment with exact pins for each engine we compare with (about 6 GB in .peers)
 	$(BIN)/python -m model.bench.peers.install
 
 bench-peers: install data ## ours and other engines in one run, same target and requests (missing ones are skipped)

@@ -193,11 +193,11 @@ class ListDecoder:
         packing = None if tree.children is None else pack(length, self.places)
         hidden, feature = self._verify(count, tree, length, packing, budget)
         nodes = torch.cat([self.rows.node[:count, None], tree.node], dim=1)
-        if self.choices is not None and tree.children is None:
+        if tree.children is None:
+            assert self.choices is not None, "only the kernel leaves children to itself"
             may = self.rows.may(slice(count))
             choice = Choice(*self.choices.best(hidden, nodes, may, tree.leaf, tree.length))
         else:
-            assert tree.children is not None
             choice, log_probs = self._choose(hidden, tree.children, sampling, tree.noise)
             if self.record and not budget.steps:
                 self.record(range(count), nodes[:, 0], log_probs, tree.children)

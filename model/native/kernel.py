@@ -45,7 +45,7 @@ class Places(NamedTuple):
         committed = at.rows.new_zeros(wanted) if sight.committed is None else sight.committed[:, None].expand(wanted)
         seeing, seen = at.rows.new_zeros(wanted), torch.empty(1, 0, dtype=torch.int32)
         if own is not None:
-            seeing, seen = own.sum(-1), own.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int()
+            seeing, seen = _lines(own)
         row = at.rows.expand(shape).flatten()
         stored, position = at.positions.flatten(), positions.flatten()
         return cls(row, stored, position, committed.flatten(), seeing.flatten(), seen.flatten(0, -2))
@@ -59,8 +59,8 @@ class Places(NamedTuple):
         if sight.own is None:
             seeing, seen = torch.arange(1, new + 1).expand(shape), torch.arange(new, dtype=torch.int32)[None]
         else:
-            seeing = sight.own.sum(-1)
-            seen = at.compact(sight.own.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int())
+            seeing, seen = _lines(sight.own)
+            seen = at.compact(seen)
         row, stored, position = (at.compact(part) for part in (at.rows.expand(shape), at.positions, positions))
         return cls(row, stored, position, at.compact(committed), at.compact(seeing), seen)
 
@@ -166,20 +166,13 @@ def fits(size: int, head_size: int, dtype: torch.dtype, device: torch.device) ->
 
 def pack(weight: Tensor) -> Tensor:
     """[out, in] to panels [ceil(out / PANEL), in, PANEL], zeros behind the last row."""
-    rows, columns = weight.shape
-    padded = torch.zeros(-(-rows // PANEL) * PANEL, columns)
-    padded[:rows] = weight
-    return padded.view(-1, PANEL, columns).transpose(1, 2).contiguous()
+    return _padded(weight, PANEL).view(-1, PANEL, weight.shape[1]).transpose(1, 2).contiguous()
 
 
 def pack_gated(gate_up: Tensor) -> Tensor:
     """[2 f, in] to panels of PANEL / 2 gates and the PANEL / 2 values they act on."""
-    half, (feed, columns) = PANEL // 2, (gate_up.shape[0] // 2, gate_up.shape[1])
-    parts = []
-    for part in gate_up.split(feed):
-        padded = torch.zeros(-(-feed // half) * half, columns)
-        padded[:feed] = part
-        parts.append(padded.view(-1, half, columns))
+    half, columns = PANEL // 2, gate_up.shape[1]
+    parts = [_padded(part, half).view(-1, half, columns) for part in gate_up.chunk(2)]
     return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
 
 
@@ -190,7 +183,7 @@ class NativeLinear:
         self.weight = weight.detach()
         self.out, self.columns = weight.shape
         self.packed = pack(self.weight)
-        self.bias = None if bias is None else _padded_bias(bias)
+        self.bias = None if bias is None else _padded(bias, PANEL)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [m, in] float32."""
@@ -300,10 +293,10 @@ class NativeTarget:
     def _packed(self, layer: LayerWeights) -> _Layer:
         tensors = LayerWeights(
             pack(layer.qkv),
-            None if layer.qkv_bias is None else _padded_bias(layer.qkv_bias),
+            None if layer.qkv_bias is None else _padded(layer.qkv_bias, PANEL),
             None if layer.qk_scale is None else layer.qk_scale.contiguous(),
             pack(layer.output),
-            None if layer.output_bias is None else _padded_bias(layer.output_bias),
+            None if layer.output_bias is None else _padded(layer.output_bias, PANEL),
             pack_gated(layer.gate_up),
             pack(layer.down),
         )
@@ -506,7 +499,13 @@ def _ready(places: Places) -> list[Tensor]:
     return [*(tensor.long().contiguous() for tensor in places[:-1]), places.seen.int().contiguous()]
 
 
-def _padded_bias(bias: Tensor) -> Tensor:
-    padded = torch.zeros(-(-len(bias) // PANEL) * PANEL)
-    padded[: len(bias)] = bias
+def _padded(rows: Tensor, multiple: int) -> Tensor:
+    """`rows` with zeros behind them up to a multiple."""
+    padded = torch.zeros(-(-len(rows) // multiple) * multiple, *rows.shape[1:])
+    padded[: len(rows)] = rows
     return padded
+
+
+def _lines(own: Tensor) -> tuple[Tensor, Tensor]:
+    """`seeing` and `seen` of tokens that see what `own` [..., m] allows: how many, and which, ascending."""
+    return own.sum(-1), own.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int()

@@ -4,27 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import redis
 
 from service.embedded_valkey import ValkeyUnavailable, start_valkey
-
-
-def gone(pid: int, seconds: float = 5.0) -> bool:
-    """Whether a process we did not start ends within `seconds` (a zombie has ended)."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.02)
-    return False
+from tests.service.processes import gone
 
 
 def test_answers_a_redis_client_and_ends_with_the_with_block(tmp_path: Path) -> None:

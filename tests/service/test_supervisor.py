@@ -6,32 +6,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from service import child
 from service.supervisor import Child, PortTaken, Supervisor, free_port, stop_on_signals
+from tests.service.processes import gone
 
 SLEEP = "import time; time.sleep(60)"
 
 
 def python(code: str, *arguments: str) -> subprocess.Popen[bytes]:
     return child.spawn([sys.executable, "-S", "-c", code, *arguments])
-
-
-def gone(pid: int, seconds: float = 2.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_a_killed_child_is_started_again_and_stopped_at_the_end() -> None:

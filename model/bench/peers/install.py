@@ -2,7 +2,7 @@
 
 A peer's pins name every package it needs and nothing is resolved, so the same environment comes out each time: also
 torch for the CPU where the index offers several, and without those dependencies of a peer that only its other uses need
-(image and sound libraries, GPU compilers). An environment whose pins have not changed is left alone. Disk: about 5 GB.
+(image and sound libraries, GPU compilers). An environment whose pins have not changed is left alone. Disk: about 6 GB.
 """
 
 import argparse
