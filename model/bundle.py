@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 
 from model.catalog import Catalog
 from model.decoding.budget import measured_budget
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
+from model.decoding.profile import Profile
 from model.decoding.request import ListRequest
+from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.item_trie import ItemTrie
@@ -83,8 +85,12 @@ class Bundle:
 
     def warm_up(self, decoder: ListDecoder) -> None:
         """Run every code path once and measure the budget of each load."""
-        survival = self.info.report.get("draft", {}).get("survival", [0.6, 0.4, 0.25, 0.15])
-        measured_budget(decoder, self.golden_requests(min(8, len(self.catalog.items))), survival)
+        measured_budget(decoder, self.golden_requests(min(8, len(self.catalog.items))), self.profile("draft"))
+
+    def profile(self, draft: str) -> Profile:
+        """What the report says of a draft (`draft` or `draft-plain`); a guess when it says nothing."""
+        slots, known = self.trie.num_levels, self.info.report.get(draft, {}).get("profile")
+        return Profile.guess(slots) if known is None else Profile.from_dict(known, slots)
 
 
 def save_manifest(folder: Path, name: str, vocabulary: Vocabulary, max_history_items: int) -> dict[str, Any]:
@@ -158,6 +164,9 @@ def load_bundle(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Bu
             int(manifest["max_history_items"]),
             report,
         )
+        for name in ("draft", "draft-plain"):
+            if "profile" in report.get(name, {}):
+                Profile.from_dict(report[name]["profile"], trie.num_levels)
         if info.max_history_items < 1:
             raise BundleError("manifest.json: max_history_items must be positive")
     except (

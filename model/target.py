@@ -146,18 +146,14 @@ class Target:
             kept[-1] = hidden
         return TargetOutput(hidden, tuple(kept))
 
-    def runs(
-        self, tokens: Tensor, length: Tensor, base: Tensor, cache: KVCache, features: Sequence[int] = ()
-    ) -> TargetOutput:
-        """`__call__` for chains of runs, tokens [B, G, Q] of `length` [B, G] behind `base` [B], in one step from what
-        the caller has to what it wants: hidden states and features [B, G, d] at the last token of each run. Only where
-        the compiled kernel runs."""
-        assert self.native is not None, "only the kernel takes runs"
-        return TargetOutput(*self.native.runs(tokens, length, base, cache.data, self._rotations, features))
-
     def item_logits(self, hidden: Tensor) -> Tensor:
         """[..., S] float32 logits of the item tokens only, level after level (see `head_columns`)."""
         return self.head(hidden.flatten(0, -2).to(self.dtype)).float().view(*hidden.shape[:-1], -1)
+
+    @property
+    def rotations(self) -> Tensor:
+        """[positions, s/2] complex rotary factors."""
+        return self._rotations
 
     def reserve_positions(self, count: int) -> None:
         """Make room for positions below `count`; not during serving."""

@@ -22,10 +22,11 @@ from model.bundle import Bundle, BundleError, load_bundle
 from model.data.histories import histories
 from model.data.movielens import DataError, read_movielens
 from model.decoding.budget import measured_budget
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.plain import PlainTwin
 from model.decoding.request import ListRequest, ListResult
+from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 
@@ -58,7 +59,6 @@ class Variant:
 def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str]) -> list[Variant]:
     """Fresh decoders with `batch` rows; budgets of the speculating ones are measured first, as a worker does."""
     made = []
-    survival = {name: bundle.info.report[name]["survival"] for name in ("draft", "draft-plain")}
     for name in names:
         speculating = {"draft": "draft-plain", "padrec": "draft"}.get(name)
         draft = {"draft": bundle.plain_draft, "padrec": bundle.draft}.get(name)
@@ -74,7 +74,7 @@ def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str]) -> list[V
             forced=name != "plain",
         )
         if speculating:
-            measured_budget(decoder, bundle.golden_requests(8), survival[speculating])
+            measured_budget(decoder, bundle.golden_requests(8), bundle.profile(speculating))
         made.append(Variant(name, decoder))
     return made
 
@@ -142,6 +142,7 @@ def bench_decode(
                     "acceptance_by_step": run.acceptance_by_step(),
                     "budget_steps": budget.steps,
                     "budget_width": budget.width,
+                    "budget_nodes": [budget.nodes(slot) for slot in range(bundle.trie.num_levels)],
                     **disagreements(bundle, requests, run.results, twins),
                     **machine(),
                 }

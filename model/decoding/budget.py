@@ -1,77 +1,87 @@
 """How much a round may draft at each load, from what a round costs on this device and what drafting gains.
 
-At warm-up, rounds are timed per number of rows and candidate budget. A candidate's gain is the expected number of
-decisions of a round, from how often drafts survive: at first what the bundle's report says, then what is seen. The best
-ratio wins, no speculation included, so that speculating is never slower than not, and ends by itself where drafts are
-no longer accepted. Knows decoders and numbers; nothing of queues.
+At warm-up, rounds are timed per number of rows and candidate: none, chains, and the best static trees of several sizes
+for this draft's profile. A candidate's gain is the expected number of decisions of a round, from how often its nodes
+are right: at first what the profile says, then what is seen, per slot where rounds begin and step. The best ratio wins,
+no speculation included, so that speculating is never slower than not, and ends by itself where drafts are no longer
+accepted. Knows decoders and numbers; nothing of queues.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from statistics import median
 
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
+from model.decoding.profile import Profile
 from model.decoding.request import ListRequest, RoundStats
+from model.decoding.topology import Budget, Tree, best_trees, gains
 
-LOADS = (1, 2, 4, 8, 16, 32, 64)
-CANDIDATES = tuple(Budget(steps) for steps in range(7))
-PRIOR = 30  # decisions that what the bundle's report says is worth
+LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # nodes of the candidates
+PRIOR = 30  # decisions that what the profile says is worth
 FADE = 0.99  # of what was seen, a round
 DECIDE_EVERY = 16  # rounds
 PROBE_EVERY = 64  # rounds without speculation
-
-
-def expected_decisions(budget: Budget, survival: Sequence[float]) -> float:
-    """Decisions a round gains on average: the target's own, and each draft step that survives up to there."""
-    return 1.0 + sum(survival[: budget.steps])
 
 
 class LoadBudget:
     """Budget by rows in use: the cheapest per decision at the smallest measured load not below it. `observe` every
     round, and it follows what is accepted."""
 
-    def __init__(self, seconds: Mapping[int, Mapping[Budget, float]], survival: Sequence[float]) -> None:
-        """`seconds` a round takes, by load and candidate; `survival` of each draft step, to begin with."""
+    def __init__(self, seconds: Mapping[int, Mapping[Budget, float]], profile: Profile) -> None:
+        """`seconds` a round takes, by load and candidate."""
         if not seconds or not all(seconds.values()):
             raise ValueError("a budget needs at least one load, and a candidate for each")
-        self.seconds = dict(sorted(seconds.items()))
-        before = (1.0, *survival)
-        self._prior = [after / max(was, 1e-9) for was, after in zip(before, survival, strict=False)]
-        self._kept, self._tried = [0.0] * len(survival), [0.0] * len(survival)
-        self._asked, self._observed = 0, 0
+        self.seconds, self.profile = dict(sorted(seconds.items())), profile
+        slots = range(len(profile.acceptance))
+        self._expected, self._passed = ([[0.0] * profile.steps for _ in slots] for _ in range(2))
+        self._begun = [PRIOR * share for share in profile.begins]
+        self._rates = {
+            budget: [_rates(budget, profile, slot) for slot in slots]
+            for costs in self.seconds.values()
+            for budget in costs
+        }
+        self._asked, self._observed, self._last = 0, 0, Budget(0)
         self._decide()
-
-    @property
-    def survival(self) -> list[float]:
-        """How often a drafted path is right up to each step, by what was seen of late and the prior."""
-        seen = zip(self._kept, self._tried, self._prior, strict=True)
-        return list(accumulate(((kept + PRIOR * prior) / (tried + PRIOR) for kept, tried, prior in seen), mul))
 
     def __call__(self, rows: int) -> Budget:
         load = next((load for load in self.seconds if load >= rows), max(self.seconds))
         self._asked += 1
-        if self.by_load[load].steps or self._asked % PROBE_EVERY:
-            return self.by_load[load]
-        return self._probe[load]
+        self._last = self.by_load[load]
+        if not self._last.steps and not self._asked % PROBE_EVERY:
+            self._last = self._probe[load]
+        return self._last
+
+    def decisions(self, budget: Budget) -> float:
+        """Expected decisions of a round, by what was seen of late and the profile."""
+        begun = sum(self._begun)
+        ways = zip(self._begun, self._rates[budget], self._corrections(), strict=True)
+        return 1.0 + sum(share * sum(_survival(rates, right)) for share, rates, right in ways) / begun
 
     def observe(self, stats: RoundStats) -> None:
         """Learn from a round's counts; every so often decide anew."""
-        before = stats.drafted_by_step[0] if stats.drafted_by_step else 0
-        for step, drafted in enumerate(stats.drafted_by_step[: len(self._prior)]):
-            kept = stats.accepted_by_step[step]
-            self._tried[step] = FADE * self._tried[step] + (min(before, drafted) if drafted else 0)
-            self._kept[step] = FADE * self._kept[step] + kept
-            before = kept
+        if self._last.steps and stats.draft_tokens:
+            told = zip(self._rates[self._last], stats.tried, stats.passed, strict=True)
+            for slot, (rates, tried, passed) in enumerate(told):
+                self._begun[slot] = FADE * self._begun[slot] + (tried[0] if tried else 0)
+                for step, rate in enumerate(rates[: len(tried)]):
+                    self._expected[slot][step] = FADE * self._expected[slot][step] + tried[step] * rate
+                    self._passed[slot][step] = FADE * self._passed[slot][step] + passed[step]
         self._observed += 1
         if self._observed % DECIDE_EVERY == 0:
             self._decide()
 
+    def _corrections(self) -> list[list[float]]:
+        """What was seen over what the profile expected, by slot and step."""
+        both = zip(self._passed, self._expected, strict=True)
+        return [[(p + PRIOR) / (e + PRIOR) for p, e in zip(passed, expected, strict=True)] for passed, expected in both]
+
     def _decide(self) -> None:
-        survival = self.survival
+        decisions = {budget: self.decisions(budget) for budget in self._rates}
 
         def cheapest(costs: Mapping[Budget, float]) -> Budget:
-            return min(costs, key=lambda c: _price(costs[c], c, survival))
+            return min(costs, key=lambda c: costs[c] / decisions[c])
 
         self.by_load = {load: cheapest(costs) for load, costs in self.seconds.items()}
         # Where drafting does not pay it is tried now and then: it may pay again.
@@ -79,40 +89,70 @@ class LoadBudget:
         self._probe = {load: cheapest(costs) if costs else Budget(0) for load, costs in drafting.items()}
 
 
+def candidates(profile: Profile, max_steps: int, max_nodes: int) -> list[Budget]:
+    """No speculation, and for each size the chain and the best trees, where the trees are none."""
+    steps = min(profile.steps, max_steps)
+    acceptance = [slot[:steps] for slot in profile.acceptance]
+    found = [Budget(0)]
+    for size in SIZES:
+        if size <= steps:
+            found.append(Budget(size))
+        trees = Budget.static(best_trees(acceptance, size))
+        if trees.width > 1 and trees.steps * trees.width <= max_nodes:
+            found.append(trees)
+    return found
+
+
 def measured_budget(
-    decoder: ListDecoder, requests: Sequence[ListRequest], survival: Sequence[float], repeats: int = 5
+    decoder: ListDecoder, requests: Sequence[ListRequest], profile: Profile, repeats: int = 5
 ) -> LoadBudget:
     """Time rounds of `requests` (repeated as needed) at every load up to the decoder's rows. The decoder must be idle;
     it is idle again afterwards, and its budget is the one returned."""
     num_rows = len(decoder.rows.held)
     loads = [load for load in LOADS if load < num_rows] + [num_rows]
-    possible = [c for c in CANDIDATES if c.steps <= (min(len(survival), decoder.max_steps) if decoder.draft else 0)]
-    gains = [expected_decisions(c, survival) for c in possible]
-    # A longer budget that gains nothing is not worth timing: noise could make it look cheaper.
-    candidates = [c for i, c in enumerate(possible) if all(gains[i] > g for g in gains[:i])]
+    possible = candidates(profile, decoder.max_steps, decoder.max_nodes) if decoder.draft else [Budget(0)]
     costs: dict[int, dict[Budget, float]] = {}
     for load in loads:
         batch = [requests[i % len(requests)] for i in range(load)]
         seconds: dict[Budget, list[float]] = {}
         prices: list[float] = []
-        for candidate in candidates:
+        best = 0.0
+        for candidate in possible:
+            gained = expected_decisions(candidate, profile)
+            if gained <= best:
+                continue  # more nodes that gain nothing: noise could make them look cheaper
+            best = gained
             seconds[candidate] = _round_seconds(decoder, batch, candidate, repeats)
-            prices.append(_price(median(seconds[candidate]), candidate, survival))
-            if len(prices) > 2 and min(prices[-2:]) > prices[-3]:
-                break  # twice dearer: what is longer still would only take time to say so
+            prices.append(median(seconds[candidate]) / gained)
+            if len(prices) > 3 and min(prices[-3:]) > prices[-4]:
+                break  # thrice dearer: what is larger still would only take time to say so
         # Small batches are quick and noisy: more tries, turn by turn, so that a slow moment falls on all candidates.
         for _ in range(4 // load - 1):
             for candidate, found in seconds.items():
                 found += _round_seconds(decoder, batch, candidate, repeats)
         costs[load] = {candidate: median(found) for candidate, found in seconds.items()}
-    budget = LoadBudget(costs, survival)
+    budget = LoadBudget(costs, profile)
     decoder.budget, decoder.learn = budget, budget.observe
     return budget
 
 
-def _price(seconds: float, budget: Budget, survival: Sequence[float]) -> float:
-    """Seconds a decision."""
-    return seconds / expected_decisions(budget, survival)
+def expected_decisions(budget: Budget, profile: Profile) -> float:
+    """Decisions a round gains on average: the target's own, and each draft node it may come past."""
+    slots = enumerate(profile.begins)
+    return 1.0 + sum(share * sum(_survival(_rates(budget, profile, slot))) for slot, share in slots)
+
+
+def _rates(budget: Budget, profile: Profile, slot: int) -> list[float]:
+    """How often a round that has come to each step of the budget's tree comes past it."""
+    chain: Tree = (((0, 0),),) * budget.steps
+    found = gains(chain if budget.trees is None else budget.trees[slot], profile.acceptance[slot])
+    return [after / before if before else 0.0 for before, after in zip((1.0, *found), found, strict=False)]
+
+
+def _survival(rates: Sequence[float], corrections: Iterable[float] = ()) -> list[float]:
+    """How often a round comes past each step, with what is known of it since."""
+    known = list(corrections) or [1.0] * len(rates)
+    return list(accumulate((min(1.0, rate * right) for rate, right in zip(rates, known, strict=False)), mul))
 
 
 def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> list[float]:

@@ -1,8 +1,9 @@
 """The draft tree: the guessed continuations of one round, and the packing of runs into one pass.
 
-A tree node is one choice and the forced run after it; the tree grows one choice deeper per draft step, keeping the
-`width` best nodes by the draft's own joint probability (width 1 is a chain). The slot of a node is its depth in the
-item trie. Legality is path-dependent: an item completed on the way to a node is illegal below it.
+A tree node is one choice and the forced run after it; the tree grows one choice deeper per draft step. A static tree
+says for each slot where a row may stand which nodes there are, by rank among their siblings; a dynamic one keeps the
+`width` best nodes of each step by the draft's own joint probability. The slot of a node is its depth in the item trie.
+Legality is path-dependent: an item completed on the way to a node is illegal below it.
 Knows nothing of verification or requests.
 
 Shapes: B rows, W nodes a step, J steps, M = J W nodes, G = 1 + M groups (group 0 is the pending run, group 1 + m is
@@ -17,7 +18,7 @@ from model.decoding.sampling import Sampling, noise, perturbed
 from model.draft.draft import Draft
 from model.item_trie import ANY_NODE, Availability, Children, ItemTrie, Run
 from model.kv_cache import KVCache, Sight, Write
-from model.native.kernel import ChainRoot, NativeChoices
+from model.native.round import TreeTable
 from model.target import Target
 
 Tensor = torch.Tensor
@@ -39,8 +40,7 @@ class DraftTree(NamedTuple):
     """Nodes in order of steps: `tokens` [B, M, Q], `length` [B, M] (0: no node), `leaf` [B, M], `node` [B, M] trie
     node after the run, `parent` [B, M] group, `choice` [B, M] index among the parent's children, `slot` [B, M] of the
     choice, `start` [B, M] position of the first token, `sees` [B, G, G] group visibility (itself included), the
-    `children` [B, G, C] of every group (None where the kernel looks them up), and the `noise` [B, G, C] they are drawn
-    with (None: all rows are greedy)."""
+    `children` [B, G, C] of every group, and the `noise` [B, G, C] they are drawn with (None: all rows are greedy)."""
 
     tokens: Tensor
     length: Tensor
@@ -51,7 +51,7 @@ class DraftTree(NamedTuple):
     slot: Tensor
     start: Tensor
     sees: Tensor
-    children: Children | None
+    children: Children
     noise: Tensor | None = None
 
 
@@ -102,9 +102,11 @@ def grow(
     root: Root,
     steps: int,
     width: int,
+    table: TreeTable | None = None,
 ) -> DraftTree:
-    """Draft `steps` choices deep. With steps = 0 the tree is empty but for the pending run's children. A row that
-    samples is drafted with the noise the target will draw with."""
+    """Draft `steps` choices deep: the trees of `table`, by the slot of each root, or without it the `width` best nodes
+    a step. With steps = 0 the tree is empty but for the pending run's children. A row that samples is drafted with the
+    noise the target will draw with."""
     rows, device, places = root.node.shape[0], root.node.device, trie.num_levels + 1
     feature, node = root.feature.unsqueeze(1), root.node.unsqueeze(1)
     position, remaining = root.position.unsqueeze(1), root.remaining.unsqueeze(1)
@@ -124,7 +126,11 @@ def grow(
         if root.sampling:
             noises.append(noise(root.sampling, trie, node, children, path))
             logits = perturbed(logits, noises[-1], root.sampling)
-        parent, choice, score, valid = _best(logits, score, remaining > 0, width)
+        if table is None:
+            parent, choice, score, valid = _best(logits, score, remaining > 0, width)
+        else:
+            at = trie.depth[root.node].long(), step
+            parent, choice, valid = _ranked(logits, remaining > 0, table.parent[at].long(), table.rank[at].long())
         slot = trie.depth[node].gather(1, parent)
         chosen = children.nodes.flatten(1).gather(1, parent * logits.shape[-1] + choice)
         run = trie.run(chosen.masked_fill(~valid, ANY_NODE))
@@ -159,31 +165,6 @@ def grow(
     return DraftTree(tokens, length, leaf, node, above, choice, slot, start, sees, children, drawn_with)
 
 
-def grow_chain(
-    choices: NativeChoices, draft: Draft | None, may: Availability, cache: KVCache | None, root: ChainRoot, steps: int
-) -> DraftTree:
-    """What the draft reads first, and then `grow` for greedy rows and width 1, in one call of the compiled kernel."""
-    rows = len(root.node)
-    none = root.node.new_empty(rows, 0)
-    if not steps:
-        tokens = none.unsqueeze(-1).expand(rows, 0, choices.places)
-        return DraftTree(tokens, none, none, none, none, none, none, none, none.bool(), None)
-    assert draft is not None and cache is not None, "drafting needs a draft"
-    chain = draft.chain(choices, cache, may, root, steps)
-    return DraftTree(
-        tokens=chain.tokens,
-        length=chain.length,
-        leaf=chain.leaf,
-        node=chain.end,
-        parent=torch.arange(steps).expand(rows, steps),
-        choice=chain.choice,
-        slot=chain.slot,
-        start=chain.start,
-        sees=none.bool(),
-        children=None,
-    )
-
-
 def _best(logits: Tensor, score: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """parent, choice, joint log-probability and validity, [B, W] each, of the best continuations of all parents."""
     if width == 1:
@@ -194,6 +175,17 @@ def _best(logits: Tensor, score: Tensor, wanted: Tensor, width: int) -> tuple[Te
     top = joint.topk(width, dim=1)
     parent = top.indices // logits.shape[-1]
     return parent, top.indices % logits.shape[-1], top.values, top.values > float("-inf")
+
+
+def _ranked(logits: Tensor, wanted: Tensor, parent: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """parent, choice and validity, [B, W] each: the child of `rank` [B, W] of each `parent` [B, W], by logit, ties to
+    the lowest token."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    place = (parent * logits.shape[-1] + rank.clamp(0, logits.shape[-1] - 1)).clamp(min=0)
+    choice = order.flatten(1).gather(1, place)
+    logit = logits.flatten(1).gather(1, parent * logits.shape[-1] + choice)
+    legal = (rank >= 0) & (rank < logits.shape[-1]) & (logit > float("-inf"))
+    return parent, choice, legal & wanted.gather(1, parent)
 
 
 def _draft_step(

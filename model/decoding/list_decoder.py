@@ -22,7 +22,6 @@ from model.decoding.draft_tree import (
     Packing,
     Root,
     grow,
-    grow_chain,
     legal_logits,
     pack,
     pick,
@@ -32,21 +31,16 @@ from model.decoding.filters import FilterTable
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
 from model.decoding.rows import Gain, Rows, account
 from model.decoding.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling, noise, perturbed
+from model.decoding.topology import Budget, table_of
 from model.decoding.verify import Verdict, accept
 from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie, Run
 from model.kv_cache import Sight, Write
-from model.native.kernel import ChainRoot, NativeChoices, NativeLinear
+from model.native.kernel import NativeLinear
+from model.native.round import NativeRound, RoundCounts, RowGain, TreeTable
 from model.target import Target
 
 Tensor = torch.Tensor
-
-
-class Budget(NamedTuple):
-    """Draft nodes of a round: `steps` choices deep, `width` nodes a step. Zero steps: no speculation."""
-
-    steps: int
-    width: int = 1
 
 
 class Choice(NamedTuple):
@@ -95,10 +89,21 @@ class ListDecoder:
         self.cache = target.new_cache(num_rows, positions)
         self.draft_cache = draft.new_cache(num_rows, positions) if draft else None
         filters = FilterTable(catalog, trie, num_rows)
-        self.choices: NativeChoices | None = None
-        if isinstance(target.head, NativeLinear) and (draft is None or draft.native is not None):
-            self.choices = NativeChoices(trie, target.head)
         self.rows = Rows(num_rows, trie, filters, max_history_items, max_steps + 1, target.hidden_size)
+
+        self.native = self._native()
+
+    def _native(self) -> NativeRound | None:
+        """The compiled round, where it can be had for both networks."""
+        target, draft = self.target, None
+        if target.native is None or not isinstance(target.head, NativeLinear):
+            return None
+        if self.draft is not None and self.draft_cache is not None:
+            if self.draft.native is None:
+                return None
+            network = (self.draft.native, self.draft_cache, self.draft.rotations)
+            draft = (*network, self.draft.terms, self.draft.packed_fuse, self.draft.feature_layers)
+        return NativeRound(self.trie, target.head, target.native, (self.cache, target.rotations), draft)
 
     def validate(self, request: ListRequest) -> None:
         """Raises InvalidRequest for content this decoder cannot decode."""
@@ -175,42 +180,56 @@ class ListDecoder:
         run = self._step_into(root, choice.node)
         gain = Gain(run.tokens, run.length, run.leaf, feature, torch.zeros_like(length), run.node[:, 0])
         self.rows.advance(rows, length, gain)
-        self._account(indices, choice.score, gain)
+        told = zip(indices, choice.score.tolist(), gain.leaf.tolist(), gain.length.tolist(), strict=True)
+        for index, score, leaf, lengths in told:
+            account(self.rows.row(index), score, leaf, lengths, self.trie.num_items)
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def round(self) -> tuple[list[ListResult], RoundStats]:
         """Advance every row in use by one round. Returns the lists it completed, and what it did."""
-        started = time.perf_counter()
         indices = self.rows.in_use
         count = indices[-1] + 1
         budget = self._budget(indices)
+        table = table_of(budget, self.trie.num_levels, self.trie.device)
+        if self.native is not None and table is not None and self.record is None:
+            gain, counts = self.native(count, self.rows.state(), table, self.forced)
+        else:
+            gain, counts = self._tensor_round(count, budget, table)
+        pending = self._account(indices, gain, counts)
+        stats = self._stats(indices, counts, pending)
+        if self.learn:
+            self.learn(stats)
+        return [self.rows.finish(i) for i in indices if self.rows.row(i).done], stats
+
+    def _tensor_round(self, count: int, budget: Budget, table: TreeTable | None) -> tuple[RowGain, RoundCounts]:
+        """A round in tensors: what the compiled one does for any device, number format and tree."""
+        started = time.perf_counter()
         sampling = self.rows.sampling(slice(count))
-        tree = self._draft_tree(count, sampling, budget)
+        slot, busy = self.trie.depth[self.rows.node[:count]], self.rows.pending_length[:count, 0] > 0
+        tree = self._draft_tree(count, sampling, budget, table)
         drafted = time.perf_counter()
         length = torch.cat([self.rows.pending_length[:count], tree.length], dim=1)
-        packing = None if tree.children is None else pack(length, self.places)
-        hidden, feature = self._verify(count, tree, length, packing, budget)
+        packing = pack(length, self.places)
+        hidden, feature = self._verify(count, tree, packing, budget)
         nodes = torch.cat([self.rows.node[:count, None], tree.node], dim=1)
-        if tree.children is None:
-            assert self.choices is not None, "only the kernel leaves children to itself"
-            may = self.rows.may(slice(count))
-            choice = Choice(*self.choices.best(hidden, nodes, may, tree.leaf, tree.length))
-        else:
-            choice, log_probs = self._choose(hidden, tree.children, sampling, tree.noise)
-            if self.record and not budget.steps:
-                self.record(range(count), nodes[:, 0], log_probs, tree.children)
+        choice, log_probs = self._choose(hidden, tree.children, sampling, tree.noise)
+        if self.record and not budget.steps:
+            self.record(range(count), nodes[:, 0], log_probs, tree.children)
         verdict = accept(tree, choice.best, budget.steps, budget.width)
         gain = self._gain(tree, nodes, choice, verdict, feature)
         base = self._settle(count, tree, packing, verdict, gain, budget)
         self.rows.advance(torch.arange(count, device=base.device), base, gain)
-        self._account(indices, choice.score.gather(1, verdict.path)[indices], _rows_of(gain, indices))
-        ended = time.perf_counter()
-        stats = self._book(indices, tree, verdict, int(length.sum()), (drafted - started, ended - drafted), budget)
-        if self.learn:
-            self.learn(stats)
-        return [self.rows.finish(i) for i in indices if self.rows.row(i).done], stats
+        found = RowGain(
+            verdict.accepted.tolist(),
+            choice.score.gather(1, verdict.path).tolist(),
+            gain.leaf.tolist(),
+            gain.length.tolist(),
+            (tree.length > 0).sum(1).tolist(),
+        )
+        seconds = (drafted - started, time.perf_counter() - drafted)
+        return found, self._count(tree, verdict, budget, slot.tolist(), busy.tolist(), seconds, int(length.sum()))
 
     def _budget(self, indices: list[int]) -> Budget:
         """The round's budget. Rows of a round without speculation lose touch with the draft's cache: they finish
@@ -223,18 +242,14 @@ class ListDecoder:
         assert budget.steps <= self.max_steps and budget.steps * budget.width <= self.max_nodes, budget
         return budget
 
-    def _draft_tree(self, count: int, sampling: Sampling | None, budget: Budget) -> DraftTree:
+    def _draft_tree(self, count: int, sampling: Sampling | None, budget: Budget, table: TreeTable | None) -> DraftTree:
         rows = self.rows
         position = rows.base[:count] + rows.pending_length[:count, 0]
         node, remaining, may = rows.node[:count], rows.draftable[:count], rows.may(slice(count))
-        if self.choices is not None and sampling is None and self.record is None and budget.width == 1:
-            fresh = (rows.fresh_tokens[:count], rows.fresh_length[:count], rows.fresh_feature[:count])
-            start = ChainRoot(node, position, remaining, *fresh)
-            return grow_chain(self.choices, self.draft, may, self.draft_cache, start, budget.steps)
         root = Root(rows.fresh_feature[:count, 0], node, position, remaining, sampling)
         if budget.steps and self.draft and self.draft_cache:
             root = root._replace(feature=self._read_fresh(count, position))
-        return grow(self.draft, self.target, self.trie, may, self.draft_cache, root, *budget)
+        return grow(self.draft, self.target, self.trie, may, self.draft_cache, root, budget.steps, budget.width, table)
 
     def _read_fresh(self, count: int, position: Tensor) -> Tensor:
         """Draft step 0: read the runs gained since the last draft, with the target's features; [B, d] at the last."""
@@ -250,17 +265,11 @@ class ListDecoder:
         at, sight = write_at(stored), Sight(position, None, reach)
         return self.draft.ask(tokens, feature, stored, 0, self.draft_cache, at, last, sight)[:, 0]
 
-    def _verify(
-        self, count: int, tree: DraftTree, length: Tensor, packing: Packing | None, budget: Budget
-    ) -> tuple[Tensor, Tensor | None]:
-        """The target's pass over pending run and tree, runs of `length` [B, G]: hidden states and fused features
-        [B, G, d] at group ends. Without a `packing` the kernel takes the runs as they are."""
+    def _verify(self, count: int, tree: DraftTree, packing: Packing, budget: Budget) -> tuple[Tensor, Tensor | None]:
+        """The target's pass over pending run and tree: hidden states and fused features [B, G, d] at group ends."""
         rows, base = self.rows, self.rows.base[:count]
         tokens = torch.cat([rows.pending_tokens[:count], tree.tokens], dim=1)
         layers = self.draft.feature_layers if self.draft else ()
-        if packing is None:
-            output = self.target.runs(tokens, length, base, self.cache, layers)
-            return output.hidden, self.draft.fuse_features(output.features) if self.draft else None
         tokens = tokens.flatten(1).gather(1, packing.source)
         group, place = packing.source // self.places, packing.source % self.places
         positions = torch.cat([base[:, None], tree.start], dim=1).gather(1, group) + place
@@ -331,12 +340,12 @@ class ListDecoder:
         )
 
     def _settle(
-        self, count: int, tree: DraftTree, packing: Packing | None, verdict: Verdict, gain: Gain, budget: Budget
+        self, count: int, tree: DraftTree, packing: Packing, verdict: Verdict, gain: Gain, budget: Budget
     ) -> Tensor:
         """Move accepted keys/values into place; the target's cache then holds [B] tokens a row."""
         base, pending = self.rows.base[:count], self.rows.pending_length[:count, 0]
         grown = pending + gain.length.sum(1) - gain.length.gather(1, gain.last[:, None])[:, 0]
-        if packing is not None and budget.width > 1:  # a chain's accepted tokens are in place already
+        if budget.width > 1:  # a chain's accepted tokens are in place already
             group = packing.source // self.places
             on_path = (group.unsqueeze(-1) == verdict.path.unsqueeze(1)).any(-1) & packing.valid
             picked = (~on_path).long().argsort(dim=1, stable=True)
@@ -345,53 +354,68 @@ class ListDecoder:
 
     # ---- host -------------------------------------------------------------------------------------------------
 
-    def _account(self, indices: Sequence[int], scores: Tensor, gain: Gain) -> None:
-        decisions = (gain.last + 1).tolist()
-        told = zip(indices, decisions, scores.tolist(), gain.leaf.tolist(), gain.length.tolist(), strict=True)
-        for index, taken, score, leaf, length in told:
-            account(self.rows.row(index), score[:taken], leaf[:taken], length[:taken], self.trie.num_items)
+    def _account(self, indices: Sequence[int], gain: RowGain, counts: RoundCounts) -> int:
+        """Book what each row gained; forced tokens in all."""
+        forced = 0
+        for index in indices:
+            row, taken = self.rows.row(index), gain.accepted[index] + 1
+            before = row.forced_tokens
+            lengths = gain.length[index][:taken]
+            account(row, gain.score[index][:taken], gain.leaf[index][:taken], lengths, self.trie.num_items)
+            forced += row.forced_tokens - before
+            row.rounds += 1
+            row.draft_tokens += gain.drafted[index]
+            row.accepted_tokens += taken - 1
+            row.decode_seconds += sum(counts.seconds)
+        return forced
 
-    def _book(
+    def _count(
         self,
-        indices: list[int],
         tree: DraftTree,
         verdict: Verdict,
-        target_tokens: int,
-        seconds: tuple[float, float],
         budget: Budget,
-    ) -> RoundStats:
-        """Count the round, per row and in all. On the host: there is little to count, and many ways to count it."""
+        begun: list[int],
+        busy: list[bool],
+        seconds: tuple[float, float],
+        target_tokens: int,
+    ) -> RoundCounts:
+        """Count the round. On the host: there is little to count, and many ways to count it. `begun`: slots the rows
+        stood at, `busy` which of them took part."""
+        steps, levels = budget.steps, self.trie.num_levels
         lengths, slots, paths = tree.length.tolist(), tree.slot.tolist(), verdict.path.tolist()
-        kept, pending = verdict.accepted.tolist(), self.rows.pending_length[:, 0].tolist()
-        drafted_by_step, accepted_by_step = [0] * budget.steps, [0] * budget.steps
-        drafted_by_slot, accepted_by_slot = [0] * self.trie.num_levels, [0] * self.trie.num_levels
-        for index in indices:
-            row, accepted = self.rows.row(index), kept[index]
-            drafted = [node for node, length in enumerate(lengths[index]) if length]
+        drafted_by_step, accepted_by_step = [0] * steps, [0] * steps
+        drafted_by_slot, accepted_by_slot = [0] * levels, [0] * levels
+        tried, passed = ([[0] * steps for _ in range(levels)] for _ in range(2))
+        for row, accepted in enumerate(verdict.accepted.tolist()):
+            if not busy[row]:
+                continue
+            drafted = [node for node, length in enumerate(lengths[row]) if length]
             for node in drafted:
                 drafted_by_step[node // budget.width] += 1
-                drafted_by_slot[slots[index][node]] += 1
-            for step, group in enumerate(paths[index][1 : 1 + accepted]):
+                drafted_by_slot[slots[row][node]] += 1
+            for step in {node // budget.width for node in drafted if node // budget.width <= accepted}:
+                tried[begun[row]][step] += 1
+            for step, group in enumerate(paths[row][1 : 1 + accepted]):
+                passed[begun[row]][step] += 1
                 accepted_by_step[step] += 1
-                accepted_by_slot[slots[index][group - 1]] += 1
-            row.rounds += 1
-            row.draft_tokens += len(drafted)
-            row.accepted_tokens += accepted
-            row.decode_seconds += sum(seconds)
+                accepted_by_slot[slots[row][group - 1]] += 1
+        by_step, by_slot = (drafted_by_step, accepted_by_step), (drafted_by_slot, accepted_by_slot)
+        return RoundCounts(*by_step, *by_slot, tried, passed, seconds, target_tokens)
+
+    @staticmethod
+    def _stats(indices: list[int], counts: RoundCounts, forced_tokens: int) -> RoundStats:
         return RoundStats(
             rows=len(indices),
-            draft_seconds=seconds[0],
-            verify_seconds=seconds[1],
-            target_tokens=target_tokens,
-            draft_tokens=sum(drafted_by_step),
-            accepted_tokens=sum(accepted_by_step),
-            forced_tokens=sum(max(0, pending[index] - 1) for index in indices),
-            drafted_by_step=tuple(drafted_by_step),
-            accepted_by_step=tuple(accepted_by_step),
-            drafted_by_slot=tuple(drafted_by_slot),
-            accepted_by_slot=tuple(accepted_by_slot),
+            draft_seconds=counts.seconds[0],
+            verify_seconds=counts.seconds[1],
+            target_tokens=counts.target_tokens,
+            draft_tokens=sum(counts.drafted_by_step),
+            accepted_tokens=sum(counts.accepted_by_step),
+            forced_tokens=forced_tokens,
+            drafted_by_step=tuple(counts.drafted_by_step),
+            accepted_by_step=tuple(counts.accepted_by_step),
+            drafted_by_slot=tuple(counts.drafted_by_slot),
+            accepted_by_slot=tuple(counts.accepted_by_slot),
+            tried=tuple(map(tuple, counts.tried)),
+            passed=tuple(map(tuple, counts.passed)),
         )
-
-
-def _rows_of(gain: Gain, indices: list[int]) -> Gain:
-    return gain._replace(last=gain.last[indices], leaf=gain.leaf[indices], length=gain.length[indices])

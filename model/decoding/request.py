@@ -89,7 +89,8 @@ class ListResult:
 
 @dataclass(frozen=True)
 class RoundStats:
-    """What one round did, for metrics. Slots and steps index the per-slot and per-step counts."""
+    """What one round did, for metrics. Slots and steps index the per-slot and per-step counts; `tried` [slot][step]
+    counts rows that began at a slot and came to a step of their tree, `passed` those that came beyond."""
 
     rows: int
     draft_seconds: float
@@ -102,3 +103,5 @@ class RoundStats:
     accepted_by_step: tuple[int, ...]
     drafted_by_slot: tuple[int, ...]
     accepted_by_slot: tuple[int, ...]
+    tried: tuple[tuple[int, ...], ...]
+    passed: tuple[tuple[int, ...], ...]

@@ -16,6 +16,7 @@ from model.decoding.filters import FilterTable
 from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
 from model.decoding.sampling import Sampling, fresh_seed
 from model.item_trie import Availability, ItemTrie
+from model.native.round import RowState
 from model.semantic_id import Codes
 
 Tensor = torch.Tensor
@@ -94,6 +95,27 @@ class Rows:
         row = self.held[index]
         assert row is not None, f"row {index} is free"
         return row
+
+    def state(self) -> RowState:
+        """The rows' tensors as a compiled round takes them."""
+        return RowState(
+            base=self.base,
+            node=self.node,
+            remaining=self.remaining,
+            draftable=self.draftable,
+            written=self.written,
+            pending_tokens=self.pending_tokens,
+            pending_length=self.pending_length,
+            fresh_tokens=self.fresh_tokens,
+            fresh_length=self.fresh_length,
+            excluded=self.excluded,
+            fresh_feature=self.fresh_feature,
+            filter_slot=self.filter_slot,
+            seed=self.seed,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            passing=self.filters.passing,
+        )
 
     def may(self, rows: Tensor | slice) -> Availability:
         return Availability(self.filters.passing, self.filter_slot[rows], self.excluded[rows])
@@ -196,8 +218,10 @@ class Rows:
     def _reserve_exclusions(self, count: int) -> None:
         rows, width = self.excluded.shape
         if count > width:
-            more = self.excluded.new_full((rows, count + 63 - width), self.trie.num_items)
-            self.excluded = torch.cat([self.excluded, more], dim=1)
+            # A tensor made in inference mode could not be changed outside of it, where requests are cancelled.
+            with torch.inference_mode(False):
+                more = self.excluded.new_full((rows, count + 63 - width), self.trie.num_items)
+                self.excluded = torch.cat([self.excluded, more], dim=1)
 
 
 def account(row: Row, scores: Sequence[float], leaves: Sequence[int], lengths: Sequence[int], num_items: int) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from model.draft.network import DraftNetwork
-from model.item_trie import Availability
 from model.kv_cache import KVCache, Sight, Write, attention_mask
 from model.layer import UnitNorm, rotate
 from model.linear import PackedLinear
@@ -51,7 +50,8 @@ class Draft:
         if native and kernel.fits(d, network.head_size, torch.float32, self.device):
             heads, floor = network.shape.num_heads, float(self.norm.floor)
             self.native = kernel.NativeDraft(weights, heads, network.head_size, floor)
-            self._terms = [network.positions.term(step) for step in range(network.positions.num_steps)]
+            self.terms = [network.positions.term(step) for step in range(network.positions.num_steps)]
+            self.packed_fuse = kernel.pack(network.features.weight)
         else:
             self.token_part, self.last_scale = weights.token_part, weights.last_scale
             self.feature_part, self.qkv = PackedLinear(of_feature), PackedLinear(weights.qkv)
@@ -95,7 +95,7 @@ class Draft:
         if self.native is not None:
             places = kernel.Places.asked(at, positions, asked.shape, sight)
             flat = asked + new * torch.arange(rows)[:, None]
-            term = self._terms[min(step, len(self._terms) - 1)]
+            term = self.terms[min(step, len(self.terms) - 1)]
             read = (tokens.flatten(), features.flatten(0, 1), places, flat.flatten(), term)
             return self.native(*read, cache.data, self._rotations).view(*asked.shape, self.native.size)
         size = features.shape[-1]
@@ -120,11 +120,7 @@ class Draft:
         out: Tensor = self.norm(x) * self.last_scale
         return out.view(*asked.shape, size)
 
-    def chain(
-        self, choices: kernel.NativeChoices, cache: KVCache, may: Availability, root: kernel.ChainRoot, steps: int
-    ) -> kernel.Chain:
-        """Read what is fresh at step 0, then draft `steps` choices a row, each the best legal one. Only where the
-        compiled kernel runs."""
-        assert self.native is not None, "only the kernel drafts chains"
-        terms = [self._terms[min(step, len(self._terms) - 1)] for step in range(steps)]
-        return choices.chain(self.native, terms, cache.data, self._rotations, may, root)
+    @property
+    def rotations(self) -> Tensor:
+        """[positions, 1, s/2] complex rotary factors."""
+        return self._rotations

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from model.item_trie import Availability, ItemTrie
 from model.kv_cache import Sight, Write
 from model.layer import LayerWeights
 
 Tensor = torch.Tensor
 PANEL = 64
 VARIANTS = {"AVX512": "v4", "AVX2": "v3"}  # what torch calls the processor -> the x86-64 level compiled for
-MAX_HEAD_SIZE = 256
+HEAD_SIZES = (*range(16, 129, 16), 192, 256)  # what kernel.cpp's attention is compiled for
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -104,43 +103,6 @@ class _Reading(ctypes.Structure):
     ]
 
 
-class _Trie(ctypes.Structure):
-    _fields_ = [
-        *((name, _number) for name in ("items", "levels", "nodes", "first_leaf", "size")),
-        *((name, _pointer) for name in ("leaf_start", "first_child", "column", "level_columns")),
-        *((name, _pointer) for name in ("run_end", "item_tokens", "depth", "head")),
-    ]
-
-
-class _May(ctypes.Structure):
-    _fields_ = [("width", _number), *((name, _pointer) for name in ("passing", "filter_slot", "excluded"))]
-
-
-class _Groups(ctypes.Structure):
-    _fields_ = [
-        *((name, _number) for name in ("rows", "groups")),
-        *((name, _pointer) for name in ("node", "leaf", "length", "hidden", "best", "child", "score")),
-    ]
-
-
-class _Chain(ctypes.Structure):
-    _fields_ = [
-        *((name, _number) for name in ("rows", "steps", "gains", "cache_rows", "positions", "turns")),
-        *((name, _pointer) for name in ("node", "position", "remaining", "fresh_tokens", "fresh_length")),
-        *((name, _pointer) for name in ("fresh_feature", "rotations")),
-        *((name, _pointer) for name in ("step", "context", "gate", "cache")),
-        *((name, _pointer) for name in ("tokens", "length", "leaf", "end", "choice", "slot", "start")),
-    ]
-
-
-class _Runs(ctypes.Structure):
-    _fields_ = [
-        *((name, _number) for name in ("rows", "groups", "places", "cache_rows", "positions", "turns", "num_features")),
-        *((name, _pointer) for name in ("tokens", "length", "base", "feature_layers")),
-        *((name, _pointer) for name in ("rotations", "cache", "hidden", "features")),
-    ]
-
-
 @cache
 def load() -> Any | None:
     """The compiled library, or None."""
@@ -151,16 +113,14 @@ def load() -> Any | None:
     library = ctypes.CDLL(str(found[0]))
     library.padrec_pass.argtypes = [_pointer, _pointer, ctypes.c_int]
     library.padrec_read.argtypes = [_pointer, _pointer, ctypes.c_int]
-    library.padrec_choose.argtypes = [_pointer] * 3 + [ctypes.c_int]
-    library.padrec_chain.argtypes = [_pointer] * 4 + [ctypes.c_int]
-    library.padrec_runs.argtypes = [_pointer, _pointer, ctypes.c_int]
+    library.padrec_round.argtypes = [_pointer] * 8 + [ctypes.c_int]
     library.padrec_linear.argtypes = [_pointer] * 4 + [_number] * 3 + [ctypes.c_int]
     return library
 
 
 def fits(size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel is there and can run such a model."""
-    whole = size % 16 == 0 and head_size % 16 == 0 and head_size <= MAX_HEAD_SIZE
+    whole = size % 16 == 0 and head_size in HEAD_SIZES
     return whole and dtype == torch.float32 and device.type == "cpu" and load() is not None
 
 
@@ -258,37 +218,10 @@ class NativeTarget:
             raise IndexError("a token, row or position lies outside the model or its cache")
         return outputs[0], list(outputs[1:])
 
-    def runs(
-        self, tokens: Tensor, length: Tensor, base: Tensor, cache: Tensor, rotations: Tensor, features: Sequence[int]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """A pass over chains of runs, `tokens` [B, G, Q] of `length` [B, G], stored from `base` [B] on, each token
-        seeing all before it. Hidden states and features [B, G, d] at the last token of each run (of the run before,
-        where `length` is 0)."""
-        library = load()
-        assert library is not None
-        (rows, groups, places), threads = tokens.shape, torch.get_num_threads()
-        held = [tensor.long().contiguous() for tensor in (tokens, length, base)]
-        outputs = torch.empty(1 + len(features), rows, groups, self.size)
-        layers = (_number * len(features))(*features)
-        into = (_pointer * len(features))(*(output.data_ptr() for output in outputs[1:]))
-        one = _Runs(
-            rows,
-            groups,
-            places,
-            cache.shape[2],
-            cache.shape[4],
-            len(rotations),
-            len(features),
-            *(tensor.data_ptr() for tensor in held),
-            ctypes.addressof(layers),
-            rotations.data_ptr(),
-            cache.data_ptr(),
-            outputs.data_ptr(),
-            ctypes.addressof(into),
-        )
-        if library.padrec_runs(ctypes.byref(self._model), ctypes.byref(one), threads):
-            raise IndexError("a token, row or position lies outside the model or its cache")
-        return outputs[0], tuple(outputs[1:])
+    @property
+    def pointer(self) -> Any:
+        """The target as the compiled functions take it; alive as long as this object is."""
+        return ctypes.byref(self._model)
 
     def _packed(self, layer: LayerWeights) -> _Layer:
         tensors = LayerWeights(
@@ -387,111 +320,6 @@ class NativeDraft:
         if library.padrec_read(ctypes.byref(self._model), ctypes.byref(one), threads):
             raise IndexError("a token, row or position lies outside the model or its cache")
         return out
-
-
-class ChainRoot(NamedTuple):
-    """Where chains start: `node`, `position` of the next token and `remaining` items to guess at, each [B]; and what
-    the draft reads first: the fresh runs [B, g, Q] of `fresh_length` [B, g], with their features [B, g, d]."""
-
-    node: Tensor
-    position: Tensor
-    remaining: Tensor
-    fresh_tokens: Tensor
-    fresh_length: Tensor
-    fresh_feature: Tensor
-
-
-class Chain(NamedTuple):
-    """A chain of J draft choices a row, as in `model.decoding.draft_tree.DraftTree` with one node a step: `tokens`
-    [B, J, L + 1], the rest [B, J]."""
-
-    tokens: Tensor
-    length: Tensor
-    leaf: Tensor
-    end: Tensor
-    choice: Tensor
-    slot: Tensor
-    start: Tensor
-
-
-class NativeChoices:
-    """Choices among legal children of an item trie by a target's head, and chains of them by a draft."""
-
-    def __init__(self, trie: ItemTrie, head: NativeLinear) -> None:
-        sizes = trie.vocabulary.codebook_sizes
-        self._columns = torch.tensor([0, *sizes]).cumsum(0)
-        self._kept = (trie, head)
-        tables = (trie.leaf_start, trie.first_child, trie.column, self._columns, trie.run_end, trie.item_tokens)
-        pointers = (table.data_ptr() for table in (*tables, trie.depth, head.packed))
-        shape = (trie.num_items, trie.num_levels, trie.num_nodes, trie.first_leaf, head.columns)
-        self._trie, self.places = _Trie(*shape, *pointers), trie.num_levels + 1
-
-    def best(
-        self, hidden: Tensor, nodes: Tensor, may: Availability, leaf: Tensor, length: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """For `hidden` [B, G, d] at `nodes` [B, G]: index [B, G] of the best legal child among the children, the
-        child, and its log-probability in nats. Group g lies behind the first g runs of its row, which completed
-        `leaf` [B, G - 1] and have `length` [B, G - 1] tokens (0: there is no such group; what is said of it means
-        nothing)."""
-        library = load()
-        assert library is not None
-        best, child, score = torch.empty_like(nodes), torch.empty_like(nodes), torch.empty(nodes.shape)
-        held = tuple(tensor.contiguous() for tensor in (nodes, leaf, length, hidden))
-        outputs = (best, child, score)
-        groups = _Groups(*nodes.shape, *(tensor.data_ptr() for tensor in (*held, *outputs)))
-        allowed, kept = _allowed(may)
-        given = (ctypes.byref(self._trie), ctypes.byref(allowed), ctypes.byref(groups))
-        if library.padrec_choose(*given, torch.get_num_threads()):
-            raise IndexError("a node lies outside the trie")
-        del kept
-        return outputs
-
-    def chain(
-        self,
-        draft: NativeDraft,
-        terms: Sequence[StepTerm | None],
-        cache: Tensor,
-        rotations: Tensor,
-        may: Availability,
-        root: ChainRoot,
-    ) -> Chain:
-        """Read the fresh runs with the first of `terms`, then draft one choice for each of them, the best legal one;
-        keys and values go where they stay if it is accepted."""
-        library = load()
-        assert library is not None
-        rows, steps = len(root.node), len(terms)
-        shape = (rows, steps)
-        tokens = torch.empty(rows, steps, self.places, dtype=torch.int64)
-        outputs = (tokens, *torch.empty(6, *shape, dtype=torch.int64).unbind())
-        held = [tensor.contiguous() for tensor in root]
-        pointers = [None if term is None else term.embedding.data_ptr() for term in terms]
-        contexts = [None if term is None or term.context is None else term.context.data_ptr() for term in terms]
-        arrays = ((_pointer * steps)(*pointers), (_pointer * steps)(*contexts))
-        gates = (ctypes.c_float * steps)(*(0.0 if term is None else term.constant for term in terms))
-        given = _Chain(
-            *shape,
-            root.fresh_length.shape[1],
-            cache.shape[2],
-            cache.shape[4],
-            len(rotations),
-            *(tensor.data_ptr() for tensor in held),
-            rotations.data_ptr(),
-            *(ctypes.addressof(array) for array in (*arrays, gates)),
-            cache.data_ptr(),
-            *(tensor.data_ptr() for tensor in outputs),
-        )
-        allowed, kept = _allowed(may)
-        called = (ctypes.byref(self._trie), ctypes.byref(allowed), draft.pointer, ctypes.byref(given))
-        if library.padrec_chain(*called, torch.get_num_threads()):
-            raise IndexError("a token, node or position lies outside the model, the trie or the cache")
-        del kept
-        return Chain(*outputs)
-
-
-def _allowed(may: Availability) -> tuple[_May, list[Tensor]]:
-    """What rows may emit as the kernel takes it, and the tensors to keep alive meanwhile."""
-    held = [tensor.contiguous() for tensor in may]
-    return _May(may.excluded.shape[1], *(tensor.data_ptr() for tensor in held)), held
 
 
 def _ready(places: Places) -> list[Tensor]:

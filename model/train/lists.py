@@ -18,9 +18,10 @@ from model.catalog import Catalog
 from model.config import ListsConfig
 from model.data.batches import shuffled_within_ties
 from model.data.histories import History
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.request import ListRequest
+from model.decoding.topology import Budget
 from model.item_trie import Children, ItemTrie
 from model.semantic_id import Codes
 from model.target import Target

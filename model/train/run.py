@@ -26,9 +26,11 @@ from model.catalog import Catalog
 from model.config import Recipe, RecipeError, load_recipe
 from model.data.histories import Case, Split, cases, histories, last_cases, split_users
 from model.data.movielens import DataError, read_movielens
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
+from model.decoding.profile import PROFILE_RANKS, Profile, measured_profile
 from model.decoding.request import ListRequest
+from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.draft.position_aware import StepMode
@@ -257,7 +259,7 @@ class Run:
             measured = self._decode(name, single, batch=1, steps=recipe.draft.steps)
             report[name] = {
                 "acceptance_length": round(measured.acceptance_length, 3),
-                "survival": [round(s, 4) for s in measured.survival()],
+                "profile": self._profile(name).as_dict(),
                 "acceptance_by_step": measured.acceptance_by_step(),
                 "acceptance_by_slot": measured.acceptance_by_slot(),
             }
@@ -279,20 +281,29 @@ class Run:
         return ranked
 
     def _decode(self, draft: str, asked: Sequence[Case], batch: int, steps: int) -> Decoded:
-        network = DraftNetwork.load(self.folder / draft / "network")
+        return decode_all(self._decoder(draft, batch, steps), self._requests(asked))
+
+    def _profile(self, draft: str) -> Profile:
+        """Of a draft, on the validation users."""
+        steps, asked = self.recipe.draft.steps, cases(self.split.validation, self.recipe.data)
+        return measured_profile(self._decoder(draft, 8, steps), self._requests(asked), steps, PROFILE_RANKS)
+
+    def _requests(self, asked: Sequence[Case]) -> list[ListRequest]:
         k = self.recipe.evaluate.list_items
-        decoder = ListDecoder(
+        return [ListRequest(str(n), tuple(self.codes[i] for i in case.history), k) for n, case in enumerate(asked)]
+
+    def _decoder(self, draft: str, batch: int, steps: int) -> ListDecoder:
+        network = DraftNetwork.load(self.folder / draft / "network")
+        return ListDecoder(
             self.target,
             Draft(network, self.target.embedding, self.vocabulary),
             self.trie,
             self.catalog,
             num_rows=batch,
             max_history_items=self.recipe.target.max_history_items,
-            max_k=k,
+            max_k=self.recipe.evaluate.list_items,
             budget=lambda rows: Budget(steps),
         )
-        requests = [ListRequest(str(n), tuple(self.codes[i] for i in case.history), k) for n, case in enumerate(asked)]
-        return decode_all(decoder, requests)
 
     def write_bundle(self, bundle: Path, report: dict[str, Any]) -> None:
         """Put what serving needs into one folder, replacing what was there."""

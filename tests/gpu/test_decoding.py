@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from model.catalog import Catalog, CatalogItem
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.plain import PlainTwin
 from model.decoding.request import CategoryFilter, ListRequest
 from model.decoding.sampling import gumbel
+from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.item_trie import ItemTrie

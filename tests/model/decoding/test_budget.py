@@ -1,64 +1,95 @@
 import pytest
 
-from model.decoding.budget import PROBE_EVERY, LoadBudget, expected_decisions, measured_budget
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.budget import PROBE_EVERY, LoadBudget, candidates, expected_decisions, measured_budget
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
+from model.decoding.profile import Profile
 from model.decoding.request import ListRequest, RoundStats
+from model.decoding.topology import Budget
 from tests.model.conftest import Tiny
+
+GOOD = Profile.guess(1, [0.9, 0.9, 0.9, 0.8])
+COSTS = {1: {Budget(0): 1.0, Budget(2): 1.5, Budget(4): 2.0}, 8: {Budget(0): 1.0, Budget(2): 3.0}}
+FORK = Budget.static([(((0, 0), (0, 1)),), (((0, 0), (0, 1)),)])
+OPEN = Profile((((0.5, 0.4), (0.5, 0.2)), ((0.9, 0.05), (0.9, 0.05))), (0.5, 0.5))
+
+
+def rounds(tried: tuple[tuple[int, ...], ...], passed: tuple[tuple[int, ...], ...]) -> RoundStats:
+    drafted, accepted = (tuple(map(sum, zip(*counts, strict=True))) for counts in (tried, passed))
+    total = (sum(drafted), sum(accepted))
+    return RoundStats(1, 0.0, 0.0, 1, *total, 0, drafted, accepted, (0,), (0,), tried, passed)
 
 
 def test_a_round_is_expected_to_gain_its_own_choice_and_what_survives() -> None:
-    assert expected_decisions(Budget(0), [0.9, 0.5]) == 1.0
-    assert expected_decisions(Budget(2), [0.9, 0.5, 0.2]) == pytest.approx(2.4)
+    profile = Profile.guess(1, [0.9, 0.5])
+    assert expected_decisions(Budget(0), profile) == 1.0
+    assert expected_decisions(Budget(2), profile) == pytest.approx(1 + 0.9 + 0.45)
 
 
-COSTS = {1: {Budget(0): 1.0, Budget(2): 1.5, Budget(4): 2.0}, 8: {Budget(0): 1.0, Budget(2): 3.0}}
-
-
-def rounds(drafted: tuple[int, ...], accepted: tuple[int, ...]) -> RoundStats:
-    none = (0,)
-    return RoundStats(1, 0.0, 0.0, 1, sum(drafted), sum(accepted), 0, drafted, accepted, none, none)
+def test_a_tree_is_expected_to_gain_what_any_of_its_nodes_does_slot_by_slot() -> None:
+    assert expected_decisions(FORK, OPEN) == pytest.approx(1 + (0.9 + 0.95) / 2)
 
 
 def test_a_load_takes_what_is_cheapest_a_decision_at_the_next_measured_one() -> None:
-    budget = LoadBudget(COSTS, [0.9, 0.8, 0.7, 0.6])
+    budget = LoadBudget(COSTS, GOOD)
     assert [budget(n) for n in (1, 2, 8, 50)] == [Budget(4), Budget(0), Budget(0), Budget(0)]
 
 
-def test_survival_begins_with_what_it_was_told_and_moves_to_what_is_seen() -> None:
-    budget = LoadBudget(COSTS, [0.9, 0.72, 0.6, 0.3])
-    assert budget.survival == pytest.approx([0.9, 0.72, 0.6, 0.3])
-    for _ in range(1500):
-        budget.observe(rounds((10, 10, 10, 10), (5, 4, 1, 1)))
-    assert budget.survival == pytest.approx([0.5, 0.4, 0.1, 0.1], abs=0.03)
+def see(budget: LoadBudget, right: float, rounds_seen: int) -> list[Budget]:
+    """Rounds of one row in which every first guess is right or none is, whatever the budget asks for."""
+    asked: list[Budget] = []
+    for _ in range(rounds_seen):
+        asked.append(budget(1))
+        steps = asked[-1].steps
+        tried = tuple(1 if right or not step else 0 for step in range(steps))
+        budget.observe(rounds((tried,), ((int(right),) * steps,)))
+    return asked
 
 
-def test_steps_nobody_drafts_keep_their_share_of_the_steps_before() -> None:
-    budget = LoadBudget(COSTS, [0.8, 0.4])
+def test_what_is_expected_begins_with_the_profile_and_moves_to_what_is_seen() -> None:
+    budget = LoadBudget({1: {Budget(0): 100.0, Budget(4): 1.0}}, GOOD)
+    assert budget.decisions(Budget(4)) == pytest.approx(1 + 0.9 + 0.81 + 0.729 + 0.5832)
     for _ in range(1500):
-        budget.observe(rounds((10,), (4,)))
-    assert budget.survival == pytest.approx([0.4, 0.2], abs=0.02)
+        assert budget(1) == Budget(4)
+        budget.observe(rounds(((10, 5, 4, 1),), ((5, 4, 1, 1),)))
+    assert budget.decisions(Budget(4)) == pytest.approx(1 + 0.5 + 0.4 + 0.1 + 0.1, abs=0.1)
+
+
+def test_what_is_seen_of_one_slot_says_nothing_of_another() -> None:
+    budget = LoadBudget({1: {Budget(0): 100.0, FORK: 1.0}}, OPEN)
+    for _ in range(1500):
+        assert budget(1) == FORK
+        budget.observe(rounds(((1,), (1,)), ((0,), (1,))))
+    left, right = (budget.decisions(Budget(0)), budget.decisions(FORK))
+    assert left == 1.0
+    assert right == pytest.approx(1 + 0.95 / 2, abs=0.15)  # half the rounds begin where nothing is right any more
 
 
 def test_speculation_ends_when_nothing_is_accepted_is_tried_now_and_then_and_comes_back() -> None:
-    budget = LoadBudget(COSTS, [0.9, 0.8, 0.7, 0.6])
-    for _ in range(400):
-        budget.observe(rounds((1, 1, 1, 1), (0, 0, 0, 0)))
-    asked = [budget(1) for _ in range(10 * PROBE_EVERY)]
+    budget = LoadBudget(COSTS, GOOD)
+    see(budget, 0, 400)
+    asked = see(budget, 0, 10 * PROBE_EVERY)
     assert 0 < sum(b.steps > 0 for b in asked) <= 10
     assert asked.count(Budget(0)) >= 0.98 * len(asked)
-    for _ in range(800):
-        budget.observe(rounds((1, 1, 1, 1), (1, 1, 1, 1)))
+    see(budget, 1, 300 * PROBE_EVERY)
     assert budget(1).steps > 0
 
 
 def test_a_budget_without_loads_or_candidates_is_refused() -> None:
     for costs in ({}, {1: {}}):
         with pytest.raises(ValueError, match="load"):
-            LoadBudget(costs, [0.5])
+            LoadBudget(costs, GOOD)
 
 
-def measured(tiny: Tiny, survival: list[float]) -> tuple[ListDecoder, LoadBudget]:
+def test_candidates_are_none_chains_and_trees_within_the_bounds() -> None:
+    found = candidates(OPEN, max_steps=2, max_nodes=6)
+    assert found[0] == Budget(0)
+    assert Budget(2) in found
+    assert any(budget.trees for budget in found)
+    assert all(budget.steps <= 2 and budget.steps * budget.width <= 6 for budget in found)
+
+
+def measured(tiny: Tiny, acceptance: list[float]) -> tuple[ListDecoder, LoadBudget]:
     decoder = ListDecoder(
         tiny.target,
         tiny.draft(),
@@ -70,22 +101,20 @@ def measured(tiny: Tiny, survival: list[float]) -> tuple[ListDecoder, LoadBudget
         budget=lambda rows: Budget(3),
     )
     requests = [ListRequest(str(i), (tiny.codes[i],), 10) for i in range(2)]
-    return decoder, measured_budget(decoder, requests, survival, repeats=2)
+    return decoder, measured_budget(decoder, requests, Profile.guess(tiny.trie.num_levels, acceptance), repeats=2)
 
 
-def test_a_draft_that_never_survives_is_not_asked(tiny: Tiny) -> None:
+def test_a_draft_that_is_never_right_is_not_asked(tiny: Tiny) -> None:
     decoder, budget = measured(tiny, [0.0] * 6)
     assert set(budget.by_load.values()) == {Budget(0)}
     assert decoder.budget is budget
     assert decoder.rows.num_free == 2
 
 
-def test_a_draft_that_always_survives_is_asked_for_a_lot(tiny: Tiny) -> None:
-    assert measured(tiny, [100.0] * 6)[1](1).steps >= 1
-
-
 def test_a_decoder_learns_from_its_own_rounds(tiny: Tiny) -> None:
-    decoder, budget = measured(tiny, [0.99] * 4)
-    before = budget.survival
+    decoder, _ = measured(tiny, [0.99] * 4)
+    budget = LoadBudget({2: {Budget(0): 100.0, Budget(2): 1.0}}, Profile.guess(tiny.trie.num_levels, [0.99] * 4))
+    decoder.budget, decoder.learn = budget, budget.observe
+    before = budget.decisions(Budget(2))
     decode_all(decoder, [ListRequest(str(i), (tiny.codes[i],), 10) for i in range(20)])
-    assert budget.survival != before
+    assert budget.decisions(Budget(2)) < before

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from model.catalog import Catalog, CatalogItem
 from model.config import DraftConfig, ListsConfig
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.request import CategoryFilter, ListRequest
+from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.item_trie import ItemTrie

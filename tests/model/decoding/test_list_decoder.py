@@ -8,20 +8,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.plain import PlainTwin
 from model.decoding.request import CategoryFilter, InvalidRequest, ListRequest, ListResult, RangeFilter
+from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.target import Target
 from tests.model.conftest import Tiny
 
 NEAR_TIE = 1e-4  # nats: nearer choices than this are the rounding's
+SLOT_TREES = Budget.static(
+    [
+        (((0, 0), (0, 1), (0, 2)), ((0, 0), (0, 1), (2, 0)), ((0, 0), (2, 1)), ((1, 0),)),
+        (((0, 0), (0, 1)), ((1, 0),)),
+        (((0, 0),), ((0, 0),), ((0, 0),), ((0, 0),)),
+    ]
+)
 MODES = {
     "plain": (Budget(0), False),
     "forced": (Budget(0), True),
     "chain": (Budget(4), True),
+    "static": (SLOT_TREES, True),
     "tree": (Budget(3, 3), True),
 }
 
@@ -127,6 +136,13 @@ def test_company_does_not_matter_whoever_joins_leaves_or_is_cancelled(tiny: Tiny
     running.rows.check_integrity()
     assert running.rows.num_free == 4
     assert_same(tiny, [r for r in requests if r.request_id not in cancelled], results)
+
+
+def test_a_request_with_many_exclusions_can_be_cancelled(tiny: Tiny) -> None:
+    running = decoder(tiny, tiny.draft())
+    running.admit([ListRequest("long", (tiny.codes[0],), 20, tuple(tiny.codes[:45]))])
+    assert running.cancel("long")
+    running.rows.check_integrity()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from model.config import ListsConfig
 from model.decoding import draft_tree
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.request import ListRequest
+from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.item_trie import Children, ItemTrie

@@ -216,30 +216,3 @@ def test_two_threads_may_run_passes_of_one_model_at_once() -> None:
     right = hidden(0)
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(found, right) for found in pool.map(hidden, range(60)))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_pass_over_runs_is_the_pass_over_their_tokens(name: str) -> None:
-    native, _ = pair(CONFIGS[name])
-    rows, groups, places = 4, 3, 4
-    base = torch.tensor([5, 0, 2, 7])
-    length = torch.tensor([[2, 4, 1], [0, 0, 0], [1, 0, 3], [4, 0, 0]])
-    tokens = torch.randint(0, VOCABULARY.size, (rows, groups, places))
-    caches = [native.new_cache(rows, 30) for _ in range(2)]
-    before = torch.randn_like(caches[0].data[..., :8, :])
-    for cache in caches:
-        cache.data[..., :8, :] = before
-    output = native.runs(tokens, length, base, caches[0], (0, 2))
-    for row in range(rows):
-        flat = torch.cat([tokens[row, g, : int(length[row, g])] for g in range(groups)])[None]
-        if not flat.shape[1]:
-            assert not bool(output.hidden[row].any())
-            continue
-        at = Write(torch.tensor([[row]]), base[row] + torch.arange(flat.shape[1])[None])
-        alone = native(flat, at.positions, caches[1], at, Sight(base[row : row + 1], None, 30), (0, 2))
-        ends = length[row].cumsum(0) - 1
-        for found, right in zip((output.hidden, *output.features), (alone.hidden, *alone.features), strict=True):
-            assert torch.equal(found[row], right[0, ends])
-    assert torch.equal(caches[0].data, caches[1].data)
-    with pytest.raises(IndexError, match="outside"):
-        native.runs(tokens, length + 9, base, caches[0], ())

@@ -4,8 +4,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
+from model.decoding.topology import Budget
 from service.worker.engine import (
     DeadlineExceeded,
     Engine,

@@ -12,8 +12,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from model.decoding.list_decoder import Budget, ListDecoder
+from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import ListRequest, ListResult, RoundStats
+from model.decoding.topology import Budget
 from service.metrics import WorkerMetrics, new_registry
 from service.probes import Drain
 from service.settings import Settings

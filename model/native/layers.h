@@ -1,0 +1,173 @@
+/* What the compiled code shares: sixteen floats at a time, packed weights, and the shapes of a pass and a reading.
+ *
+ * fp32. Weights are packed in panels of PANEL output columns: panel p holds w[p * PANEL + c][k] at [k][c].
+ */
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#include <vector>
+
+#define PANEL 64
+#define ROWS 6
+#define SHARING 16
+#define INLINE static inline __attribute__((always_inline))
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+
+struct Layer {
+    const float *qkv, *qkv_bias, *qk_scale, *output, *output_bias, *gate_up, *down;
+};
+
+struct Model {
+    int64_t vocabulary, layers, size, heads, kv_heads, head_size, feed;
+    float norm_floor, head_floor;
+    const Layer *layer;
+    const float *embedding, *norm_scale;
+};
+
+/* Tokens of one pass over a cache of `rows` rows of `positions`. `row`, `at`: where each is stored; `position`: its
+ * rotary position, below `turns`. It sees positions 0..committed-1 of its row, and committed + seen[i] for the first `seeing` (at most
+ * `extra`) entries of its line of `seen`, which begins `stride` entries after the line before. */
+struct Pass {
+    int64_t tokens, rows, positions, turns, extra, stride, num_features;
+    const int64_t *token, *row, *at, *position, *committed, *seeing, *feature_layers;
+    const int32_t *seen;
+    const float *rotations;
+    float *cache, *hidden;
+    float **features;
+};
+
+/* A draft: one layer on a fused input, token_part[token] + feature_part * feature. */
+struct Draft {
+    int64_t vocabulary, size, heads, head_size, feed;
+    float norm_floor;
+    const float *token_part, *feature_part, *qkv, *output, *gate_up, *down, *last_scale;
+};
+
+/* Tokens read by a draft, and the `asking` ones among them (`asked`) whose output is wanted; `committed`, `seeing` and
+ * `seen` are those of the asking ones. `step`: what the draft step adds (may be null), times the gate
+ * sigmoid(context . z + gate) (context may be null: times 1). */
+struct Reading {
+    int64_t tokens, asking, rows, positions, turns, extra, stride;
+    const int64_t *token, *row, *at, *position, *asked, *committed, *seeing;
+    const int32_t *seen;
+    const float *features, *rotations, *step, *context;
+    float gate;
+    float *cache, *out;
+};
+
+enum Mode { STORE, ADD, GATE };
+
+INLINE v16 load(const float *p) { return *(const v16 *)p; }
+INLINE void store(float *p, v16 v) { *(v16 *)p = v; }
+INLINE v16 splat(float x) { return x - v16{}; }
+
+/* e^x by Cephes' polynomial, relative error below 2e-7. */
+INLINE v16 exp16(v16 x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
+    x = x < splat(-87.0f) ? splat(-87.0f) : x;
+    x = x > splat(88.0f) ? splat(88.0f) : x;
+    v16 t = x * splat(1.44269504f) + splat(shift);
+    v16 n = t - splat(shift);
+    v16 r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+    v16 p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    i16 power = ((i16)t - (i16)splat(shift)) << 23;
+    return (v16)((i16)p + power);
+}
+
+INLINE float sum16(v16 v) {
+    float lanes[16], s[4];
+    store(lanes, v);
+    for (int i = 0; i < 4; i++) s[i] = (lanes[i] + lanes[i + 4]) + (lanes[i + 8] + lanes[i + 12]);
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+INLINE float dot(const float *a, const float *b, int64_t n) {
+    v16 s = load(a) * load(b);
+    for (int64_t i = 16; i < n; i += 16) s += load(a + i) * load(b + i);
+    return sum16(s);
+}
+
+/* `count` rows of x [., in] times one panel of w; `mode` says what becomes of the `columns` results. */
+template <Mode mode, int count>
+INLINE void panel_rows(const float *x, int64_t ldx, const float *w, int64_t in, float *y, int64_t ldy, int64_t columns,
+                       const float *bias) {
+    v16 acc[count][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++)
+        for (int c = 0; c < 4; c++) acc[r][c] = v16{};
+    for (int64_t k = 0; k < in; k++, w += PANEL) {
+        v16 w0 = load(w), w1 = load(w + 16), w2 = load(w + 32), w3 = load(w + 48);
+#pragma GCC unroll 6
+        for (int r = 0; r < count; r++) {
+            v16 a = splat(x[r * ldx + k]);
+            acc[r][0] += a * w0;
+            acc[r][1] += a * w1;
+            acc[r][2] += a * w2;
+            acc[r][3] += a * w3;
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++) {
+        float *out = y + r * ldy;
+        if (mode == GATE) { /* 32 gates, then 32 values */
+            for (int c = 0; c < 2; c++) {
+                v16 g = acc[r][c];
+                store(out + 16 * c, g / (splat(1.0f) + exp16(-g)) * acc[r][c + 2]);
+            }
+            continue;
+        }
+        if (bias)
+            for (int c = 0; c < 4; c++) acc[r][c] += load(bias + 16 * c);
+        if (columns >= PANEL) {
+            for (int c = 0; c < 4; c++) store(out + 16 * c, mode == ADD ? load(out + 16 * c) + acc[r][c] : acc[r][c]);
+        } else {
+            float tail[PANEL];
+            for (int c = 0; c < 4; c++) store(tail + 16 * c, acc[r][c]);
+            for (int64_t c = 0; c < columns; c++) out[c] = mode == ADD ? out[c] + tail[c] : tail[c];
+        }
+    }
+}
+
+/* y [n, out] (or its sum with y, or the gated product of it) of x [n, in]. Work-shared over panels and row blocks. */
+template <Mode mode>
+static void linear(const float *x, int64_t ldx, const float *w, int64_t in, float *y, int64_t ldy, int64_t out,
+                   const float *bias, int64_t n) {
+    const int64_t panels = (out + PANEL - 1) / PANEL, block = 24 * ROWS, blocks = (n + block - 1) / block;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t end = (b + 1) * block < n ? (b + 1) * block : n;
+            const float *panel = w + p * PANEL * in;
+            const float *own_bias = bias ? bias + p * PANEL : 0;
+            float *to = y + p * (mode == GATE ? PANEL / 2 : PANEL);
+            const int64_t left = out - p * PANEL;
+            int64_t r = b * block;
+#define BLOCK(count) \
+    panel_rows<mode, count>(x + r * ldx, ldx, panel, in, to + r * ldy, ldy, left, own_bias)
+            for (; r + ROWS <= end; r += ROWS) BLOCK(ROWS);
+            switch (end - r) {
+            case 5: BLOCK(5); break;
+            case 4: BLOCK(4); break;
+            case 3: BLOCK(3); break;
+            case 2: BLOCK(2); break;
+            case 1: BLOCK(1); break;
+            }
+#undef BLOCK
+        }
+}
+
+INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+extern "C" {
+int padrec_pass(const Model *m, const Pass *p, int threads);
+int padrec_read(const Draft *m, const Reading *p, int threads);
+}

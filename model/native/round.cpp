@@ -1,0 +1,515 @@
+/* A round of list decoding on a CPU as one call: draft a tree, verify it in one pass, accept, and move the rows on.
+ *
+ * What is written is what model/decoding's tensors write (they are the twin, and run rounds on GPUs and in bf16). Rows
+ * are changed in place; what the host has to know of a round comes back as a few small arrays. Knows no requests.
+ *
+ * Words as in model/decoding: a node of the draft tree is one choice and the forced run behind it; group 0 of a row is its
+ * pending run, group 1 + j * width + i is node i of draft step j.
+ */
+#include "layers.h"
+#include <algorithm>
+#include <chrono>
+
+/* The tables of an item trie (model/item_trie.py), and the target's head over item tokens: level l's columns begin at
+ * `level_columns[l]`, a node's is `column`. */
+struct Trie {
+    int64_t items, levels, nodes, first_leaf, size;
+    const int64_t *leaf_start, *first_child, *column, *level_columns;
+    const int32_t *run_end, *item_tokens, *code;
+    const int8_t *depth;
+    const float *head;
+};
+
+/* The rows being decoded (model/decoding/rows.py), `rows` of them. `excluded` [rows, width] ascends and is padded with
+ * `items`; `fresh_*` hold `gains` runs a row. `passing` [., nodes]: counts of filters (slot 0: no filter). */
+struct State {
+    int64_t rows, gains, width;
+    int64_t *base, *node, *remaining, *draftable, *written, *pending_tokens, *pending_length, *fresh_tokens, *fresh_length,
+        *excluded;
+    float *fresh_feature;
+    const int64_t *filter_slot, *seed;
+    const double *temperature, *top_p;
+    const int32_t *passing;
+};
+
+/* A row cache of a network, and the rotations of its positions. */
+struct Cache {
+    int64_t rows, positions, turns;
+    const float *rotations;
+    float *data;
+};
+
+/* What a round is to do. Node i of step j of a row that begins at slot s hangs on node `parent[s, j, i]` of the step
+ * before and is its child of rank `rank[s, j, i]` (-1: there is none). Draft step j adds `step[j]` (see Reading); `fuse`
+ * is the draft's map from the target's features, packed. Without `forced`, a token a round. */
+struct Plan {
+    int64_t steps, width, forced, num_features;
+    const int32_t *parent, *rank;
+    const int64_t *feature_layers;
+    const float *const *step;
+    const float *const *context;
+    const float *gate, *fuse;
+};
+
+/* What was done. Per row: `accepted` nodes, and of each decision (accepted + 1 of steps + 1) the run's `length`, the
+ * `leaf` it completed (items: none) and its `score` in nats; `drafted` nodes. In all: nodes by step and by slot, and how
+ * often rows that began at a slot came to a step of their tree and passed it, [levels, steps]. */
+struct Report {
+    int64_t *accepted, *length, *leaf, *drafted;
+    float *score;
+    int64_t *drafted_by_step, *accepted_by_step, *drafted_by_slot, *accepted_by_slot, *tried, *passed;
+    int64_t target_tokens;
+    double draft_seconds, verify_seconds;
+};
+
+namespace {
+
+const int MOST_RANKS = 8;
+
+struct Run {
+    int64_t place, length, leaf, end; /* place among the trie's item tokens */
+};
+
+/* Node or pending run of a row. `first` is where its tokens begin among the row's new ones. */
+struct Group {
+    int64_t above, child, slot, start, first, remaining, items_on_path;
+    Run run;
+};
+
+struct Choice {
+    int64_t child[MOST_RANKS];
+    int64_t found;
+    float score;
+};
+
+Run run_of(const Trie *t, int64_t child, bool forced) {
+    const int64_t end = forced ? t->run_end[child] : child, leaf = t->leaf_start[end], depth = t->depth[child];
+    const bool done = end >= t->first_leaf;
+    return {leaf * (t->levels + 1) + depth - 1, t->depth[end] - depth + 1 + (forced && done), done ? leaf : t->items,
+            forced && done ? 0 : end};
+}
+
+uint64_t shuffled(uint64_t bits) {
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9ull;
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBull;
+    return bits ^ (bits >> 31);
+}
+
+/* Standard Gumbel noise, as model/decoding/sampling.py makes it. */
+double gumbel(uint64_t seed, uint64_t decision, uint64_t code) {
+    const uint64_t gamma = 0x9E3779B97F4A7C15ull;
+    const uint64_t bits = shuffled(shuffled(shuffled(seed + gamma) + (decision + 1) * gamma) + (code + 1) * gamma);
+    return -log(-log(((double)(bits >> 12) + 0.5) * 0x1p-52));
+}
+
+/* Room for one choice. */
+struct Legal {
+    std::vector<float> logits;
+    std::vector<int64_t> child;
+    std::vector<double> wanted;
+    std::vector<int64_t> order;
+};
+
+/* Keeps the smallest set of most likely ones whose mass reaches `top_p`; the others become -inf. Ties go to the first. */
+void cut(Legal *legal, double top_p) {
+    std::vector<double> &wanted = legal->wanted;
+    std::vector<int64_t> &order = legal->order;
+    double total = 0, before = 0;
+    order.resize(wanted.size());
+    for (size_t i = 0; i < wanted.size(); i++) order[i] = i, total += exp(wanted[i]);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return wanted[a] > wanted[b]; });
+    for (const int64_t i : order) {
+        const double share = exp(wanted[i]) / total;
+        if (before >= top_p) wanted[i] = -INFINITY;
+        before += share;
+    }
+}
+
+/* The `ranks` best legal children of `node` for a row that has emitted the leaves of `path` besides what it may not emit:
+ * by logit, or where the row draws by what it draws. Ties go to the lowest token. */
+void choose(const Trie *t, const State *s, int64_t row, int64_t node, const float *hidden, const int64_t *path,
+            int64_t emitted, int ranks, bool scored, Choice *chosen) {
+    static thread_local Legal legal;
+    const int64_t first = t->first_child[node], last = t->first_child[node + 1], level = t->depth[node];
+    chosen->found = 0, chosen->score = 0;
+    if (level >= t->levels || first >= last) return;
+    const int64_t columns = t->level_columns[t->levels], children = padded(last - first, 16);
+    if ((int64_t)legal.logits.size() < columns + 2 * PANEL + children)
+        legal.logits.resize(columns + 2 * PANEL + children);
+    float *logits = legal.logits.data(), *own = logits + padded(columns, PANEL) + PANEL;
+    /* Only the panels that hold a child's column; each sums as the whole head does. */
+    for (int64_t p = t->column[first] / PANEL; p <= t->column[last - 1] / PANEL; p++)
+        panel_rows<STORE, 1>(hidden, t->size, t->head + p * PANEL * t->size, t->size, logits + p * PANEL, 0, PANEL, 0);
+    const int32_t *passing = s->filter_slot[row] ? s->passing + s->filter_slot[row] * t->nodes : nullptr;
+    const int64_t *end = s->excluded + (row + 1) * s->width;
+    const int64_t *excluded = std::lower_bound((const int64_t *)end - s->width, end, t->leaf_start[first]);
+    legal.child.clear();
+    float highest = -INFINITY;
+    for (int64_t c = first; c < last; c++) {
+        const int64_t low = t->leaf_start[c], high = t->leaf_start[c + 1];
+        int64_t available = passing ? passing[c + 1] - passing[c] : high - low;
+        for (; excluded < end && *excluded < high; excluded++) available--;
+        for (int64_t i = 0; i < emitted; i++) available -= low <= path[i] && path[i] < high;
+        if (available <= 0) continue;
+        const float logit = logits[t->column[c]];
+        highest = logit > highest ? logit : highest;
+        own[legal.child.size()] = logit;
+        legal.child.push_back(c);
+    }
+    const int64_t count = legal.child.size();
+    if (!count) return;
+    const double temperature = s->temperature[row];
+    legal.wanted.resize(count);
+    for (int64_t i = 0; i < count; i++)
+        legal.wanted[i] = temperature > 0 ? ((double)own[i] - (double)highest) / temperature : own[i];
+    if (temperature > 0) {
+        if (s->top_p[row] < 1) cut(&legal, s->top_p[row]);
+        const int64_t decision = (s->written[row] + emitted) * t->levels + level;
+        for (int64_t i = 0; i < count; i++)
+            legal.wanted[i] += gumbel(s->seed[row], decision, t->code[legal.child[i]]);
+    }
+    int64_t place[MOST_RANKS];
+    for (int64_t i = 0; i < count; i++) {
+        if (legal.wanted[i] == -INFINITY) continue;
+        int64_t at = chosen->found;
+        if (at == ranks && legal.wanted[i] <= legal.wanted[place[ranks - 1]]) continue;
+        if (at < ranks) chosen->found++;
+        else at = ranks - 1;
+        for (; at > 0 && legal.wanted[i] > legal.wanted[place[at - 1]]; at--) place[at] = place[at - 1];
+        place[at] = i;
+    }
+    for (int64_t i = 0; i < chosen->found; i++) chosen->child[i] = legal.child[place[i]];
+    if (!scored || count == 1) return;
+    const float best = own[place[0]];
+    float total = 0;
+    for (int64_t i = 0; i < count; i += 16) store(own + i, exp16(load(own + i) - splat(highest)));
+    for (int64_t i = 0; i < count; i++) total += own[i];
+    chosen->score = best - highest - logf(total);
+}
+
+/* Tokens of one pass or reading, and what each sees behind what its row has committed. */
+struct Tokens {
+    std::vector<int64_t> token, row, at, position, committed, seeing, asked;
+    std::vector<int32_t> seen;
+    std::vector<float> features;
+    int64_t extra = 0;
+
+    void clear() {
+        token.clear(), row.clear(), at.clear(), position.clear(), committed.clear(), seeing.clear(), asked.clear();
+        seen.clear(), features.clear();
+    }
+    void add(int64_t row_, int64_t token_, int64_t at_, int64_t position_) {
+        row.push_back(row_), token.push_back(token_), at.push_back(at_), position.push_back(position_);
+    }
+    void see(int64_t before, const std::vector<int32_t> &behind) {
+        committed.push_back(before), seeing.push_back(behind.size());
+        seen.insert(seen.end(), behind.begin(), behind.end());
+        seen.resize(committed.size() * extra);
+    }
+};
+
+struct Round {
+    const Trie *t;
+    const Model *m;
+    const Draft *draft;
+    State *s;
+    const Plan *p;
+    Report *out;
+    int threads;
+    int64_t places, nodes, groups;
+    std::vector<Group> group; /* [rows, groups] */
+
+    Group *of(int64_t row) { return group.data() + row * groups; }
+
+    /* Leaves completed on the way to a group, itself included. */
+    int64_t path(const Group *g, int64_t at, int64_t *leaves) const {
+        int64_t count = 0;
+        for (; at > 0; at = g[at].above)
+            if (g[at].run.leaf < t->items) leaves[count++] = g[at].run.leaf;
+        return count;
+    }
+
+    /* Places among the row's new tokens of a group's run and all runs on the way to it, in order. */
+    void behind(const Group *g, int64_t at, std::vector<int32_t> *seen) const {
+        seen->clear();
+        for (;; at = g[at].above) {
+            for (int64_t c = g[at].run.length; c-- > 0;) seen->push_back(g[at].first + c);
+            if (!at) break;
+        }
+        std::reverse(seen->begin(), seen->end());
+    }
+
+    /* Reads what was added, at draft step j; outputs go to `feature` at `to`. */
+    int read(Tokens *tokens, const Cache *cache, int64_t j, float *feature, const std::vector<int64_t> &to) {
+        const int64_t asking = tokens->asked.size(), d = draft->size;
+        std::vector<float> into(asking * d);
+        const Reading reading = {(int64_t)tokens->token.size(), asking, cache->rows, cache->positions, cache->turns,
+                                 tokens->extra, tokens->extra, tokens->token.data(), tokens->row.data(),
+                                 tokens->at.data(), tokens->position.data(), tokens->asked.data(),
+                                 tokens->committed.data(), tokens->seeing.data(), tokens->seen.data(),
+                                 tokens->features.data(), cache->rotations, p->step[j], p->context[j], p->gate[j],
+                                 cache->data, into.data()};
+        if (padrec_read(draft, &reading, threads)) return 1;
+        for (int64_t a = 0; a < asking; a++) memcpy(feature + to[a] * d, into.data() + a * d, d * sizeof(float));
+        tokens->clear();
+        return 0;
+    }
+
+    /* Draft step j: the nodes of a row whose parents have their outputs. */
+    void guess(int64_t b, int64_t j, const float *feature) {
+        Group *g = of(b);
+        const int64_t slot = t->depth[s->node[b]], begin = 1 + j * p->width;
+        const int32_t *parent = p->parent + (slot * p->steps + j) * p->width;
+        const int32_t *rank = p->rank + (slot * p->steps + j) * p->width;
+        std::vector<int64_t> leaves(groups);
+        for (int64_t i = 0; i < p->width; i++) {
+            if (rank[i] < 0 || g[begin + i].run.length) continue;
+            const int64_t above = j ? begin - p->width + parent[i] : 0;
+            if (g[above].remaining <= 0 || (above && !g[above].run.length)) continue;
+            int ranks = 0;
+            for (int64_t k = i; k < p->width; k++)
+                if (rank[k] >= ranks && (!j || parent[k] == parent[i])) ranks = rank[k] + 1;
+            Choice best;
+            const int64_t node = above ? g[above].run.end : s->node[b];
+            choose(t, s, b, node, feature + (b * groups + above) * draft->size, leaves.data(),
+                   path(g, above, leaves.data()), ranks, false, &best);
+            for (int64_t k = i; k < p->width; k++) {
+                if (rank[k] < 0 || (j && parent[k] != parent[i]) || rank[k] >= best.found) continue;
+                const Run run = run_of(t, best.child[rank[k]], true);
+                const bool done = run.leaf < t->items;
+                g[begin + k] = {above, best.child[rank[k]], t->depth[node], g[above].start + g[above].run.length, 0,
+                                g[above].remaining - done, 0, run};
+            }
+        }
+    }
+
+    int grow(const Cache *cache) {
+        const int64_t d = draft->size;
+        std::vector<float> feature(s->rows * groups * d);
+        std::vector<int64_t> written(s->rows), to;
+        std::vector<int32_t> seen;
+        Tokens tokens;
+        for (int64_t b = 0; b < s->rows; b++) {
+            const int64_t *length = s->fresh_length + b * s->gains, position = s->base[b] + s->pending_length[b];
+            int64_t at = position;
+            for (int64_t i = 0; i < s->gains; i++) at -= length[i];
+            if (s->draftable[b] <= 0 || at == position) continue;
+            for (int64_t i = 0; i < s->gains; i++)
+                for (int64_t c = 0; c < length[i]; c++, at++) {
+                    const float *own = s->fresh_feature + (b * s->gains + i) * d;
+                    tokens.add(b, s->fresh_tokens[(b * s->gains + i) * places + c], at, at);
+                    tokens.features.insert(tokens.features.end(), own, own + d);
+                }
+            tokens.asked.push_back((int64_t)tokens.token.size() - 1);
+            tokens.see(position, seen);
+            to.push_back(b * groups);
+        }
+        if (read(&tokens, cache, 0, feature.data(), to)) return 1;
+        tokens.extra = nodes * places;
+        for (int64_t j = 0; j < p->steps; j++) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (s->rows > 8)
+            for (int64_t b = 0; b < s->rows; b++) guess(b, j, feature.data());
+            if (j + 1 == p->steps) break;
+            to.clear();
+            for (int64_t b = 0; b < s->rows; b++) {
+                Group *g = of(b);
+                const int64_t begin = 1 + j * p->width, position = s->base[b] + s->pending_length[b];
+                const int64_t next = (t->depth[s->node[b]] * p->steps + j + 1) * p->width;
+                for (int64_t i = 0; i < p->width; i++) {
+                    Group *own = g + begin + i;
+                    bool wanted = false;
+                    for (int64_t k = 0; k < p->width; k++) wanted |= p->rank[next + k] >= 0 && p->parent[next + k] == i;
+                    if (!own->run.length || own->remaining <= 0 || !wanted) continue;
+                    own->first = written[b];
+                    for (int64_t c = 0; c < own->run.length; c++) { /* all share the feature that chose the run */
+                        const float *from = feature.data() + (b * groups + own->above) * d;
+                        tokens.add(b, t->item_tokens[own->run.place + c], position + written[b]++, own->start + c);
+                        tokens.features.insert(tokens.features.end(), from, from + d);
+                    }
+                    seen.clear();
+                    for (int64_t at = begin + i; at > 0; at = g[at].above)
+                        for (int64_t c = g[at].run.length; c-- > 0;) seen.push_back(g[at].first + c);
+                    std::reverse(seen.begin(), seen.end());
+                    tokens.asked.push_back((int64_t)tokens.token.size() - 1);
+                    tokens.see(position, seen);
+                    to.push_back(b * groups + begin + i);
+                }
+            }
+            if (read(&tokens, cache, j + 1, feature.data(), to)) return 1;
+        }
+        return 0;
+    }
+
+    /* A pass over pending runs and trees: which token ends each group, `ends` (-1: there is none). */
+    int verify(const Cache *cache, std::vector<float> *hidden, std::vector<float *> *features,
+               std::vector<int64_t> *ends) {
+        Tokens tokens;
+        tokens.extra = groups * places;
+        std::vector<int32_t> seen;
+        ends->assign(s->rows * groups, -1);
+        for (int64_t b = 0; b < s->rows; b++) {
+            Group *g = of(b);
+            int64_t written = 0;
+            if (!s->pending_length[b]) continue;
+            for (int64_t k = 0; k < groups; k++) {
+                const int64_t length = g[k].run.length;
+                if (!length) continue;
+                g[k].first = written;
+                behind(g, k, &seen);
+                const int64_t before = (int64_t)seen.size() - length;
+                for (int64_t c = 0; c < length; c++) {
+                    const int64_t token = k ? t->item_tokens[g[k].run.place + c] : s->pending_tokens[b * places + c];
+                    tokens.add(b, token, s->base[b] + written++, g[k].start + c);
+                    tokens.see(s->base[b], seen);
+                    tokens.seeing.back() = before + c + 1;
+                }
+                (*ends)[b * groups + k] = (int64_t)tokens.token.size() - 1;
+            }
+        }
+        const int64_t n = tokens.token.size(), size = n * m->size;
+        hidden->resize((1 + p->num_features) * size);
+        for (int64_t f = 0; f < p->num_features; f++) features->push_back(hidden->data() + (1 + f) * size);
+        out->target_tokens = n;
+        const Pass pass = {n, cache->rows, cache->positions, cache->turns, tokens.extra, tokens.extra, p->num_features,
+                           tokens.token.data(), tokens.row.data(), tokens.at.data(), tokens.position.data(),
+                           tokens.committed.data(), tokens.seeing.data(), p->feature_layers, tokens.seen.data(),
+                           cache->rotations, cache->data, hidden->data(), features->data()};
+        return padrec_pass(m, &pass, threads);
+    }
+
+    /* Moves the keys and values of the row's tokens `kept` (places among the new ones, ascending) side by side. */
+    void settle(int64_t b, const Cache *cache, const std::vector<int32_t> &kept) {
+        const int64_t size = m->head_size, per_head = cache->positions * size, from = s->base[b] * size;
+        for (size_t i = 0; i < kept.size(); i++) {
+            if (kept[i] == (int64_t)i) continue;
+            for (int64_t l = 0; l < m->layers * 2; l++)
+                for (int64_t h = 0; h < m->kv_heads; h++) {
+                    float *head = cache->data + ((l * cache->rows + b) * m->kv_heads + h) * per_head + from;
+                    memcpy(head + i * size, head + kept[i] * size, size * sizeof(float));
+                }
+        }
+    }
+
+    /* The run that begins with a choice; without forced runs the separator is a token of its own. */
+    Run step_into(int64_t node, const Choice *choice) const {
+        if (!p->forced && t->depth[node] == t->levels) return {t->levels, 1, t->items, 0};
+        return run_of(t, choice->child[0], p->forced);
+    }
+
+    /* Walks down from the pending run as long as the target's choice was drafted, and moves the row on. */
+    void accept(int64_t b, const Cache *cache, const std::vector<Choice> &chosen, const std::vector<float *> &features,
+                const std::vector<int64_t> &ends) {
+        Group *g = of(b);
+        const int64_t slot = t->depth[s->node[b]], decisions = p->steps + 1, items = t->items;
+        const Choice *best = chosen.data() + b * groups;
+        std::vector<int64_t> way = {0};
+        for (int64_t j = 0; j < p->steps; j++) {
+            int64_t any = 0, next = 0;
+            for (int64_t i = 1 + j * p->width; i < 1 + (j + 1) * p->width; i++) {
+                if (!g[i].run.length) continue;
+                any++;
+                if (!next && g[i].above == way.back() && best[way.back()].found && g[i].child == best[way.back()].child[0])
+                    next = i;
+            }
+            if (any && (int64_t)way.size() == j + 1) out->tried[slot * p->steps + j]++;
+            if (!next || (int64_t)way.size() <= j) continue;
+            out->passed[slot * p->steps + j]++, out->accepted_by_step[j]++, out->accepted_by_slot[g[next].slot]++;
+            way.push_back(next);
+        }
+        for (int64_t i = 1; i < groups; i++)
+            if (g[i].run.length)
+                out->drafted[b]++, out->drafted_by_step[(i - 1) / p->width]++, out->drafted_by_slot[g[i].slot]++;
+        const int64_t accepted = (int64_t)way.size() - 1, last = way.back();
+        const Run bonus = step_into(last ? g[last].run.end : s->node[b], best + last);
+        if (p->width > 1) {
+            std::vector<int32_t> kept;
+            behind(g, last, &kept);
+            settle(b, cache, kept);
+        }
+        out->accepted[b] = accepted;
+        int64_t emitted = 0;
+        int64_t *const excluded = s->excluded + b * s->width, *const end = excluded + s->width;
+        for (int64_t i = 0; i <= accepted; i++) {
+            const Run run = i < accepted ? g[way[i + 1]].run : bonus;
+            const int64_t at = b * decisions + i;
+            out->length[at] = run.length, out->leaf[at] = run.leaf, out->score[at] = best[way[i]].score;
+            s->base[b] += g[way[i]].run.length;
+            if (run.leaf < items) {
+                int64_t *place = std::lower_bound(excluded, end, run.leaf);
+                if (place < end) std::copy_backward(place, end - 1, end), *place = run.leaf;
+                emitted++;
+            }
+            if (!draft || s->draftable[b] <= 0) continue;
+            const int64_t to = b * s->gains + i;
+            s->fresh_length[to] = run.length;
+            for (int64_t c = 0; c < places; c++) s->fresh_tokens[to * places + c] = token(run, c);
+            float *feature = s->fresh_feature + to * draft->size;
+            std::vector<float> all;
+            for (const float *f : features) {
+                const float *own = f + ends[b * groups + way[i]] * m->size;
+                all.insert(all.end(), own, own + m->size);
+            }
+            for (int64_t c = 0; c * PANEL < draft->size; c++)
+                panel_rows<STORE, 1>(all.data(), 0, p->fuse + c * PANEL * (int64_t)all.size(), all.size(),
+                                     feature + c * PANEL, 0, draft->size - c * PANEL, 0);
+        }
+        for (int64_t i = accepted + 1; i < s->gains; i++) s->fresh_length[b * s->gains + i] = 0;
+        s->node[b] = bonus.end;
+        for (int64_t c = 0; c < places; c++) s->pending_tokens[b * places + c] = token(bonus, c);
+        s->pending_length[b] = bonus.length;
+        s->written[b] += emitted;
+        s->remaining[b] = std::max<int64_t>(s->remaining[b] - emitted, 0);
+        s->draftable[b] = std::min(s->draftable[b], s->remaining[b]);
+    }
+
+    int64_t token(const Run &run, int64_t c) const {
+        return c < run.length ? t->item_tokens[run.place + c] : 0;
+    }
+};
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+} // namespace
+
+extern "C" {
+
+/* Advances every row with a pending run by one round; `draft` may be null where plan.steps is 0. Returns 1 when a number
+ * points outside a table or a cache; rows may have been changed by then. */
+int padrec_round(const Trie *t, const Model *m, const Draft *draft, State *s, const Plan *p, const Cache *target_cache,
+                 const Cache *draft_cache, Report *out, int threads) {
+    Round round = {t, m, draft, s, p, out, threads, t->levels + 1, p->steps * p->width, 1 + p->steps * p->width, {}};
+    const int64_t groups = round.groups, slots = t->levels * p->steps * p->width;
+    for (int64_t b = 0; b < s->rows; b++)
+        if (s->node[b] < 0 || s->node[b] >= t->nodes - 1 || s->pending_length[b] > round.places || s->filter_slot[b] < 0)
+            return 1;
+    for (int64_t i = 0; i < slots; i++)
+        if (p->rank[i] >= MOST_RANKS || p->parent[i] < 0 || p->parent[i] >= p->width) return 1;
+    round.group.assign(s->rows * groups, Group{});
+    for (int64_t b = 0; b < s->rows; b++)
+        round.of(b)[0] = {0, 0, 0, s->base[b], 0, s->draftable[b], 0, {0, s->pending_length[b], t->items, s->node[b]}};
+    const double started = now();
+    if (p->steps && round.grow(draft_cache)) return 1;
+    const double drafted = now();
+    std::vector<float> hidden;
+    std::vector<float *> features;
+    std::vector<int64_t> ends;
+    if (round.verify(target_cache, &hidden, &features, &ends)) return 1;
+    std::vector<Choice> chosen(s->rows * groups);
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (s->rows * groups > 8)
+    for (int64_t i = 0; i < s->rows * groups; i++) {
+        if (ends[i] < 0) continue;
+        const Group *g = round.of(i / groups);
+        std::vector<int64_t> leaves(groups);
+        const int64_t at = i % groups, emitted = round.path(g, at, leaves.data());
+        choose(t, s, i / groups, g[at].run.end, hidden.data() + ends[i] * m->size, leaves.data(), emitted, 1, true,
+               &chosen[i]);
+    }
+#pragma omp parallel for schedule(static) num_threads(threads) if (s->rows > 16 && !p->steps)
+    for (int64_t b = 0; b < s->rows; b++)
+        if (s->pending_length[b]) round.accept(b, target_cache, chosen, features, ends);
+    out->draft_seconds = drafted - started, out->verify_seconds = now() - drafted;
+    return 0;
+}
+}
