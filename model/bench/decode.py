@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from model.bundle import Bundle, BundleError, load_bundle
-from model.data.histories import histories
+from model.data.histories import Case, histories
 from model.data.movielens import DataError, read_movielens
 from model.decoding.budget import measured_budget
 from model.decoding.list_decoder import ListDecoder
@@ -29,8 +29,10 @@ from model.decoding.request import ListRequest, ListResult
 from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
+from model.train.evaluate import quality
 
-NEAR_TIE = 1e-4
+# Nats between the two best legal tokens below which rounding may decide, by number format.
+NEAR_TIES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 Record = dict[str, Any]
 
 
@@ -85,6 +87,15 @@ def twin_lists(bundle: Bundle, requests: Sequence[ListRequest]) -> dict[str, tup
     return {r.request_id: (twin.decode(r), min(twin.margins, default=float("inf"))) for r in requests}
 
 
+def list_quality(bundle: Bundle, data: Path, results: dict[str, ListResult]) -> Record:
+    """Recall and NDCG of the lists against the last ten items of each user."""
+    by_user = {h.user_id: h.item_ids for h in histories(read_movielens(data))}
+    item_of = {item.codes: item.item_id for item in bundle.catalog.items}
+    asked = [Case(user, by_user[user][:-10], by_user[user][-10:]) for user in results]
+    lists = [[item_of[item.codes] for item in result.items] for result in results.values()]
+    return quality(asked, lists, max(map(len, lists)))
+
+
 def disagreements(
     bundle: Bundle,
     requests: Sequence[ListRequest],
@@ -93,12 +104,13 @@ def disagreements(
 ) -> Record:
     """Counts over lists: identical to the twin, near-ties, mismatches, and items that must not be there."""
     valid = {item.codes for item in bundle.catalog.items}
+    near_tie = NEAR_TIES[bundle.target.dtype]
     counts = {"identical": 0, "near_ties": 0, "mismatches": 0, "invalid": 0, "repeated": 0, "excluded": 0}
     for request in requests:
         codes = [item.codes for item in results[request.request_id].items]
         twin, margin = twins[request.request_id]
         same = codes == [item.codes for item in twin.items]
-        counts["identical" if same else "near_ties" if margin < NEAR_TIE else "mismatches"] += 1
+        counts["identical" if same else "near_ties" if margin < near_tie else "mismatches"] += 1
         counts["invalid"] += sum(c not in valid for c in codes)
         counts["repeated"] += len(codes) - len(set(codes))
         counts["excluded"] += sum(c in set(request.history) | set(request.exclude) for c in codes)
@@ -106,9 +118,14 @@ def disagreements(
 
 
 def bench_decode(
-    bundle: Bundle, requests: Sequence[ListRequest], batches: Sequence[int], repeats: int, say: Callable[[str], None]
+    bundle: Bundle,
+    requests: Sequence[ListRequest],
+    batches: Sequence[int],
+    repeats: int,
+    say: Callable[[str], None],
+    judge: Callable[[dict[str, ListResult]], Record] | None = None,
 ) -> list[Record]:
-    """Medians of interleaved repeats, per variant and batch size."""
+    """Medians of interleaved repeats, per variant and batch size. `judge` adds what it says of the lists."""
     say("decoding every request with the slow twin")
     twins = twin_lists(bundle, requests)
     records = []
@@ -144,6 +161,8 @@ def bench_decode(
                     "budget_width": budget.width,
                     "budget_nodes": [budget.nodes(slot) for slot in range(bundle.trie.num_levels)],
                     **disagreements(bundle, requests, run.results, twins),
+                    **(judge(run.results) if judge else {}),
+                    "dtype": str(bundle.target.dtype).removeprefix("torch."),
                     **machine(),
                 }
             )
@@ -225,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="padrec bench decode", description=__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("model/bundles/movielens-100k"))
     parser.add_argument("--data", type=Path, default=Path(".data/ml-100k"))
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--users", type=int, default=0, help="first so many held-out users (0: all)")
     parser.add_argument("--repeats", type=int, default=5)
@@ -245,10 +264,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.exact:
         records = bench_exact(bundle, requests, _say)
     else:
-        records = bench_decode(bundle, requests, options.batch, options.repeats, _say)
+        judge = _judge(bundle, options.data, requests, options.bundle if options.dtype != "fp32" else None)
+        records = bench_decode(bundle, requests, options.batch, options.repeats, _say, judge)
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
     return 1 if any(r["mismatches"] or r["invalid"] or r["repeated"] or r["excluded"] for r in records) else 0
+
+
+def _judge(
+    bundle: Bundle, data: Path, requests: Sequence[ListRequest], exact: Path | None
+) -> Callable[[dict[str, ListResult]], Record]:
+    """Quality of lists; and where `exact` names the bundle to be read in fp32, how many lists are the same there."""
+    full: dict[str, ListResult] = {}
+    if exact is not None:
+        full = decode_all(load_bundle(exact).list_decoder(num_rows=8, max_k=requests[0].k), requests).results
+
+    def judge(results: dict[str, ListResult]) -> Record:
+        same = sum([i.codes for i in results[r].items] == [i.codes for i in full[r].items] for r in full)
+        return list_quality(bundle, data, results) | ({"same_as_fp32": same / len(full)} if full else {})
+
+    return judge
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,7 @@ def tune(
     bundle: Bundle, requests: Sequence[ListRequest], batch: int, steps: int, say: Callable[[str], None]
 ) -> tuple[Profile, list[Record]]:
     """The draft's profile, and one record per load and candidate: what a round costs and gains."""
-    k = requests[0].k
-    decoder = bundle.list_decoder(num_rows=batch, max_k=k)
+    decoder = bundle.list_decoder(num_rows=batch, max_k=requests[0].k)
     profile = measured_profile(decoder, requests, steps, PROFILE_RANKS)
     for slot, (share, ranks) in enumerate(zip(profile.begins, profile.acceptance, strict=True)):
         say(f"slot {slot}: {share:.0%} of rounds begin here; right at rank 0..{PROFILE_RANKS - 1}, step by step: ")
@@ -87,10 +86,11 @@ def line(record: Record) -> str:
     )
 
 
-def save(folder: Path, bundle: Bundle, profile: Profile) -> str:
-    """Put the profile into the bundle's report; returns the bundle's new version."""
+def save(folder: Path, bundle: Bundle, profiles: Mapping[str, Profile]) -> str:
+    """Put the drafts' profiles into the bundle's report; returns the bundle's new version."""
     report = json.loads((folder / "report.json").read_text())
-    report.setdefault("draft", {})["profile"] = profile.as_dict()
+    for name, profile in profiles.items():
+        report.setdefault(name, {})["profile"] = profile.as_dict()
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     info = bundle.info
     return str(save_manifest(folder, info.name, bundle.target.vocabulary, info.max_history_items)["version"])
@@ -120,7 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps({"profile": profile.as_dict(), "rounds": records}, indent=1) + "\n")
     if options.save:
-        _say(f"bundle version {save(options.bundle, bundle, profile)}")
+        profiles = {"draft": profile}
+        if bundle.plain_draft is not None:
+            plain = bundle.list_decoder(num_rows=8, max_k=options.k, draft=bundle.plain_draft)
+            profiles["draft-plain"] = measured_profile(plain, requests, options.steps, PROFILE_RANKS)
+        _say(f"bundle version {save(options.bundle, bundle, profiles)}")
     return 0
 
 

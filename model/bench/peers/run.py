@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.bench.decode import NEAR_TIE, Record, Variant, held_out_requests, machine, twin_lists, variants
+from model.bench.decode import NEAR_TIES, Record, Variant, held_out_requests, machine, twin_lists, variants
 from model.bench.peers.install import ENVIRONMENTS, installed
 from model.bench.peers.turns import (
     ASSISTED,
@@ -198,7 +198,9 @@ class Reference:
         """Fraction of identical lists; how many others are near-ties, and how many differ."""
         counts = {"identical": 0, "near_ties": 0, "mismatches": 0}
         for mine, right, margin in zip(written, self.tokens, self.margins, strict=True):
-            counts["identical" if mine == right else "near_ties" if margin < NEAR_TIE else "mismatches"] += 1
+            counts[
+                "identical" if mine == right else "near_ties" if margin < NEAR_TIES[torch.float32] else "mismatches"
+            ] += 1
         return {**counts, "identical": counts["identical"] / len(written)}
 
 
