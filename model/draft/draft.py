@@ -108,7 +108,7 @@ class Draft:
             return features.new_empty(rows, 0, size)
         assert sight.committed is not None
         own = sight.own if sight.own is not None else asked.new_zeros(rows, asked.shape[1], 0, dtype=torch.bool)
-        mask = attention_mask(sight.committed, own, sight.reach)
+        mask = attention_mask(sight.committed, own, sight.reach, static=sight.static)
         index = asked.unsqueeze(-1)
         x = z.view(rows, new, size).gather(1, index.expand(-1, -1, size)).flatten(0, 1)
         query = turned[:, :, 0].gather(1, index.unsqueeze(-1).expand(-1, -1, *turned.shape[3:]))
