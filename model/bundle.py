@@ -85,6 +85,7 @@ class Bundle:
         """Run every code path once and measure the budget of each load."""
         survival = self.info.report.get("draft", {}).get("survival", [0.6, 0.4, 0.25, 0.15])
         measured_budget(decoder, self.golden_requests(min(8, len(self.catalog.items))), survival)
+        decoder.freeze()
 
 
 def save_manifest(folder: Path, name: str, vocabulary: Vocabulary, max_history_items: int) -> dict[str, Any]:
