@@ -55,8 +55,9 @@ class Variant:
     decoder: ListDecoder
 
 
-def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str]) -> list[Variant]:
-    """Fresh decoders with `batch` rows; budgets of the speculating ones are measured first, as a worker does."""
+def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str], **options: Any) -> list[Variant]:
+    """Fresh decoders with `batch` rows; budgets of the speculating ones are measured first, as a worker does.
+    `options` go to the decoders as they are."""
     made = []
     survival = {name: bundle.info.report[name]["survival"] for name in ("draft", "draft-plain")}
     for name in names:
@@ -72,9 +73,11 @@ def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str]) -> list[V
             max_k=k,
             budget=lambda rows: Budget(0),
             forced=name != "plain",
+            **options,
         )
         if speculating:
             measured_budget(decoder, bundle.golden_requests(8), survival[speculating])
+        decoder.freeze()
         made.append(Variant(name, decoder))
     return made
 
