@@ -87,7 +87,7 @@ class Target:
         sizes = [0, *vocabulary.codebook_sizes]
         self.num_item_tokens = sum(vocabulary.codebook_sizes)
         self.head_columns = torch.tensor(sizes[:-1], device=device).cumsum(0)
-        self._rotations = self._rotation_table(1024)
+        self.rotations = self._rotation_table(1024)
 
     @classmethod
     def load(
@@ -132,11 +132,11 @@ class Target:
         hidden state)."""
         if self.native is not None:
             places = kernel.Places.of(at, sight, positions)
-            out, outputs = self.native(at.compact(tokens), places, cache.data, self._rotations, features)
+            out, outputs = self.native(at.compact(tokens), places, cache.data, self.rotations, features)
             return TargetOutput(at.padded(out), tuple(at.padded(output) for output in outputs))
         mask = grouped(sight.mask(at, self.dtype), self.num_heads, self.num_kv_heads)
         x = self.embedding[at.compact(tokens)]
-        rotation = self._rotations[at.compact(positions)].unsqueeze(1)
+        rotation = self.rotations[at.compact(positions)].unsqueeze(1)
         kept: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, cache, index, at, sight.reach)
@@ -154,7 +154,7 @@ class Target:
         the caller has to what it wants: hidden states and features [B, G, d] at the last token of each run. Only where
         the compiled kernel runs."""
         assert self.native is not None, "only the kernel takes runs"
-        return TargetOutput(*self.native.runs(tokens, length, base, cache.data, self._rotations, features))
+        return TargetOutput(*self.native.runs(tokens, length, base, cache.data, self.rotations, features))
 
     def item_logits(self, hidden: Tensor) -> Tensor:
         """[..., S] float32 logits of the item tokens only, level after level (see `head_columns`)."""
@@ -162,8 +162,8 @@ class Target:
 
     def reserve_positions(self, count: int) -> None:
         """Make room for positions below `count`; not during serving."""
-        if count > len(self._rotations):
-            self._rotations = self._rotation_table(count)
+        if count > len(self.rotations):
+            self.rotations = self._rotation_table(count)
 
     def _rotation_table(self, count: int) -> Tensor:
         """[count, s/2] complex: cos + i sin with the checkpoint's own (possibly scaled) frequencies."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from model.decoding.filters import FilterTable
 from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
@@ -250,8 +251,7 @@ class Rows:
             added = gain.length.shape[1]
             self.fresh_tokens[rows, :added] = gain.tokens
             self.fresh_feature[rows, :added] = gain.feature
-            self.fresh_length[rows] = 0
-            self.fresh_length[rows, :added] = gain.length
+            self.fresh_length[rows] = pad(gain.length, (0, self.fresh_length.shape[1] - added))
 
     def _leaf(self, codes: Codes) -> int:
         leaf = self.trie.leaf(codes)

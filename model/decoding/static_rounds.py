@@ -14,10 +14,11 @@ Shapes: B rows of the bucket, J steps, W width, M = J W nodes, K = J + 1 decisio
 P prompt tokens, E exclusions a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from model.decoding.draft_tree import DraftTree, Root, grow, pack, pick
 from model.decoding.graph import Programs
@@ -98,6 +99,7 @@ class StaticRounds:
         self.num_rows, self.max_banned = len(rows.held), rows.excluded.shape[1]
         self.programs = Programs(device, capture=graphs and device.type == "cuda")
         self.run_tokens = mean_run(decoder.trie)
+        self._tables: list[Tensor] = []
         vocabulary = decoder.target.vocabulary
         prompt = len(vocabulary.list_prompt(())) + rows.max_history_items * decoder.places
         # Staging: what prompts and new rows bring, by place in the batch. Drawing and state go in as they are.
@@ -176,7 +178,16 @@ class StaticRounds:
         return self._told(indices, list(indices), rows, shape.steps + 1, nodes)
 
     def _run_round(self, shape: RoundShape) -> None:
-        self.programs.run(shape, lambda: self._round_program(shape))
+        self._run(shape, lambda: self._round_program(shape))
+
+    def _run(self, shape: RoundShape | PromptShape, program: Callable[[], None]) -> None:
+        """A recording knows addresses and owns nothing. All it reads is the decoder's, but for two tables that a
+        decoder of longer rows over the same target replaces: those are held here."""
+        target, draft = self.decoder.target, self.decoder.draft
+        for table in (target.rotations, draft.rotations) if draft else (target.rotations,):
+            if not any(table is held for held in self._tables):
+                self._tables.append(table)
+        self.programs.run(shape, program)
 
     def _round_program(self, shape: RoundShape) -> None:
         """`ListDecoder.round` over rows 0..B-1, from the draft to the advanced rows, and the status of it."""
@@ -248,7 +259,7 @@ class StaticRounds:
             drawing[place] = torch.tensor((row.temperature, row.top_p), dtype=torch.float64)
         for staged, size in zip(staging, sizes, strict=True):
             staged.send(shape.rows * size)
-        self.programs.run(shape, lambda: self._prompt_program(shape))
+        self._run(shape, lambda: self._prompt_program(shape))
 
     def _prompt_program(self, shape: PromptShape) -> None:
         """The state of new rows and `ListDecoder._prefill`, from the staging tensors."""
@@ -267,7 +278,7 @@ class StaticRounds:
         rows.temperature[at], rows.top_p[at] = drawing.unbind(1)
         rows.written[at] = torch.zeros_like(wanted)
         padding = self.max_banned - shape.banned
-        rows.excluded[at] = torch.nn.functional.pad(banned, (0, padding), value=decoder.trie.num_items)
+        rows.excluded[at] = pad(banned, (0, padding), value=decoder.trie.num_items)
         positions = torch.arange(shape.length, device=tokens.device).expand(shape.rows, -1)
         places = (at[:, None].expand_as(positions).flatten(), positions.flatten())
         write = Write(at[:, None], positions, places=places)

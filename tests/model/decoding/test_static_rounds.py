@@ -261,6 +261,16 @@ def told_in_full(tensor: torch.Tensor, *_: Any) -> Any:
     raise AssertionError("the host reads a tensor's values")
 
 
+set_item = torch.Tensor.__setitem__
+
+
+def set_item_on_device(tensor: torch.Tensor, index: Any, value: Any) -> None:
+    """A number given to places that a tensor names is a tensor of the host: a GPU fetches it, and the host waits."""
+    named = any(isinstance(i, torch.Tensor) for i in (index if isinstance(index, tuple) else (index,)))
+    assert isinstance(value, torch.Tensor) or not named, "a number of the host goes to indexed places"
+    set_item(tensor, index, value)
+
+
 @contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch, running: ListDecoder) -> Iterator[Waits]:
     """Device programs run under `Waits`; what copies values to the host without an operator is refused too."""
@@ -273,6 +283,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, running: ListDecoder) -> Iterator[W
             with monkeypatch.context() as patch, waits:
                 for name in ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"):
                     patch.setattr(torch.Tensor, name, told_in_full)
+                patch.setattr(torch.Tensor, "__setitem__", set_item_on_device)
                 program()
 
         run(key, within)
@@ -300,6 +311,7 @@ def test_the_watch_sees_a_wait(layers: Tiny, monkeypatch: pytest.MonkeyPatch) ->
         lambda: torch.arange(2)[mask],
         lambda: mask.nonzero(),
         lambda: bool(mask.any()),
+        lambda: torch.zeros(2).__setitem__(torch.tensor([1]), 5),
     ):
         with watched(monkeypatch, running), pytest.raises(AssertionError):
             running.static.programs.run(object(), waiting)  # type: ignore[arg-type]
