@@ -130,54 +130,49 @@ def lists_of(batch: int, requests: Sequence[ListRequest]) -> Sequence[ListReques
 def measure(
     bundle: Bundle,
     requests: Sequence[ListRequest],
-    batches: Sequence[int],
+    batch: int,
     repeats: int,
+    twins: dict[str, tuple[ListResult, list[float]]],
     *,
-    checked: int,
     dtype: str,
     floor_seconds: float,
     say: Callable[[str], None],
 ) -> list[Record]:
-    """A record per batch size, variant, and graphs or none: medians of interleaved repeats."""
-    device = bundle.target.device
-    say(f"decoding {checked} requests with the slow twin")
-    twins = twin_lists(bundle, requests[:checked])
+    """A record per variant, with graphs and without: medians of interleaved repeats, lists compared with `twins`."""
+    device, asked = bundle.target.device, lists_of(batch, requests)
+    mine = {r.request_id: twins[r.request_id] for r in asked if r.request_id in twins}
     records: list[Record] = []
-    for batch in batches:
-        asked = lists_of(batch, requests)
-        mine = {r.request_id: twins[r.request_id] for r in asked if r.request_id in twins}
-        for graphs, names in ((True, GRAPHED), (False, EAGER)):
-            began = time.perf_counter()
-            made = variants(bundle, batch, asked[0].k, names, static=True, graphs=graphs)
+    for graphs, names in ((True, GRAPHED), (False, EAGER)):
+        began = time.perf_counter()
+        made = variants(bundle, batch, asked[0].k, names, static=True, graphs=graphs)
+        for variant in made:
+            decode_all(variant.decoder, asked[: max(2, batch)])
+        warm_up = time.perf_counter() - began
+        frozen = [_programs(v.decoder) for v in made]
+        seconds: dict[str, list[float]] = {v.name: [] for v in made}
+        decoded: dict[str, Decoded] = {}
+        memory = _allocated(device)
+        for _ in range(repeats):
             for variant in made:
-                decode_all(variant.decoder, asked[: max(2, batch)])
-            warm_up = time.perf_counter() - began
-            frozen = [_programs(v.decoder) for v in made]
-            seconds: dict[str, list[float]] = {v.name: [] for v in made}
-            decoded: dict[str, Decoded] = {}
-            memory = _allocated(device)
-            for _ in range(repeats):
-                for variant in made:
-                    _wait(device)
-                    started = time.perf_counter()
-                    decoded[variant.name] = decode_all(variant.decoder, asked)
-                    _wait(device)
-                    seconds[variant.name].append((time.perf_counter() - started) / len(asked))
-            assert [_programs(v.decoder) for v in made] == frozen, "programs were made after the freeze"
-            plain = statistics.median(seconds["plain"])
-            for variant in made:
-                record = {
-                    "batch": batch,
-                    "graphs": graphs and device.type == "cuda",
-                    **_timed(variant, decoded[variant.name], seconds[variant.name], plain, floor_seconds),
-                    "programs": len(_programs(variant.decoder)),
-                    "warm_up_seconds": round(warm_up, 1),
-                    "memory_grown_bytes": _allocated(device) - memory,
-                    **compared(bundle, asked, decoded[variant.name].results, mine, NEAR_TIE[dtype]),
-                }
-                records.append(record)
-                say(line(record))
-            del made, variant
+                _wait(device)
+                started = time.perf_counter()
+                decoded[variant.name] = decode_all(variant.decoder, asked)
+                _wait(device)
+                seconds[variant.name].append((time.perf_counter() - started) / len(asked))
+        assert [_programs(v.decoder) for v in made] == frozen, "programs were made after the freeze"
+        plain = statistics.median(seconds["plain"])
+        for variant in made:
+            record = {
+                "batch": batch,
+                "graphs": graphs and device.type == "cuda",
+                **_timed(variant, decoded[variant.name], seconds[variant.name], plain, floor_seconds),
+                "programs": len(_programs(variant.decoder)),
+                "warm_up_seconds": round(warm_up, 1),
+                "memory_grown_bytes": _allocated(device) - memory,
+                **compared(bundle, asked, decoded[variant.name].results, mine, NEAR_TIE[dtype]),
+            }
+            records.append(record)
+            say(line(record))
     return records
 
 
@@ -286,16 +281,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     bandwidth = copy_bandwidth(bundle.target.device)
     read = weight_bytes(folder, DTYPES[dtype])
     _say(f"a pass reads {read / 1e6:.1f} MB of weights; a copy moves {bandwidth / 1e9:.0f} GB/s")
-    records = measure(
-        bundle,
-        requests,
-        batches,
-        options.repeats or (3 if has_gpu else 1),
-        checked=min(len(requests), options.checked or (32 if has_gpu else 6)),
-        dtype=dtype,
-        floor_seconds=read / bandwidth,
-        say=_say,
-    )
     about = {
         "device": card,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -305,8 +290,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "weight_bytes": read,
         "copy_bytes_per_second": round(bandwidth),
     }
-    if options.json:
-        options.json.write_text(json.dumps([about | record for record in records], indent=1) + "\n")
+    checked = min(len(requests), options.checked or (32 if has_gpu else 6))
+    _say(f"decoding {checked} requests with the slow twin")
+    twins = twin_lists(bundle, requests[:checked])
+    repeats, records = options.repeats or (3 if has_gpu else 1), []
+    for batch in batches:
+        floor = read / bandwidth
+        found = measure(bundle, requests, batch, repeats, twins, dtype=dtype, floor_seconds=floor, say=_say)
+        records += [about | record for record in found]
+        if options.json:  # after every batch: what is measured is measured
+            options.json.write_text(json.dumps(records, indent=1) + "\n")
     return 1 if any(r["mismatches"] or r["invalid"] or r["repeated"] or r["excluded"] for r in records) else 0
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from model.bench.gpu import copy_bandwidth, held_out_requests, measure
+from model.bench.gpu import copy_bandwidth, held_out_requests, measure, twin_lists
 from model.bench.sessions import TINY, train_bundle
 from model.bundle import load_bundle
 from model.catalog import Catalog, CatalogItem
@@ -279,7 +279,8 @@ def test_a_bundle_trained_on_the_device_is_measured_there(tmp_path: Path) -> Non
     requests = held_out_requests(bundle, 8, 10)
     floor = 1e6 / copy_bandwidth(torch.device("cuda"))
     told: list[str] = []
-    records = measure(bundle, requests, (4,), 1, checked=4, dtype="bf16", floor_seconds=floor, say=told.append)
+    twins = twin_lists(bundle, requests[:4])
+    records = measure(bundle, requests, 4, 1, twins, dtype="bf16", floor_seconds=floor, say=told.append)
     assert {(r["variant"], r["graphs"]) for r in records} >= {("plain", True), ("padrec", True), ("plain", False)}
     for record in records:
         assert record["compared"] == 4
