@@ -10,7 +10,9 @@ counted, never run some slower way unseen. Without `capture` (a CPU, or to compa
 the same. Knows nothing of what the programs do.
 """
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -66,6 +68,21 @@ class Programs:
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Recording runs nothing, so the state moves on once. Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with (
+            _nothing_collected(),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             program()
         self._graphs[key] = graph
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No garbage collection: a recording that happens to be garbage must not be destroyed while another is made."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -14,6 +14,7 @@ Shapes: B rows of the bucket, J steps, W width, M = J W nodes, K = J + 1 decisio
 P prompt tokens, E exclusions a row.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -95,7 +96,9 @@ class StaticRounds:
     """The programs of one ListDecoder, over its rows and caches."""
 
     def __init__(self, decoder: "ListDecoder", *, graphs: bool) -> None:
-        self.decoder, rows, device = decoder, decoder.rows, decoder.target.device
+        # A decoder owns its programs, not the other way round: what is dropped frees its recordings there and then.
+        self.decoder: ListDecoder = weakref.proxy(decoder)
+        rows, device = decoder.rows, decoder.target.device
         self.num_rows, self.max_banned = len(rows.held), rows.excluded.shape[1]
         self.programs = Programs(device, capture=graphs and device.type == "cuda")
         self.run_tokens = mean_run(decoder.trie)
@@ -230,9 +233,9 @@ class StaticRounds:
         longest, banned, count = max(map(len, prompts)), max(row.banned for row in held), self.bucket(len(indices))
         shapes = self._prompt_shapes()
         fits = (s for s in shapes if s.rows == count and s.length >= longest and s.banned >= banned)
-        self._run_prompts(next(fits), prompts, [placed[i] for i in indices])
-        for row in held:
+        for row in held:  # from here on: should the program fail half-way, freeing the row puts it to rest
             row.on_device = True
+        self._run_prompts(next(fits), prompts, [placed[i] for i in indices])
         return self._told(range(len(indices)), list(indices), count, 1, 0)
 
     def _staging(self, shape: PromptShape) -> tuple[tuple[int, ...], tuple["_Staged", ...]]:

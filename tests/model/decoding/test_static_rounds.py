@@ -1,6 +1,8 @@
 """Device programs, run on a CPU: the same functions over the same static tensors, without the recording."""
 
+import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -226,6 +228,20 @@ def test_more_exclusions_than_there_is_room_for_are_refused_by_name(
     with pytest.raises(InvalidRequest) as caught:
         running.validate(ListRequest("many", tuple(layers.codes[:4]), 3, tuple(layers.codes[4:11])))
     assert caught.value.pointer == "/exclude"
+
+
+def test_a_decoder_that_is_dropped_is_gone_at_once(layers: Tiny) -> None:
+    running = decoder(layers, "chain")
+    decode_all(running, some_requests(layers, 2))
+    running.freeze()
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(running.static)
+        del running
+        assert gone() is None  # its recordings would otherwise be destroyed at any time, while others are made
+    finally:
+        gc.enable()
 
 
 def test_tokens_per_choice_are_those_of_looking_at_every_item(layers: Tiny) -> None:
