@@ -169,6 +169,7 @@ class StaticRounds:
                     self._run_round(shape)
         for prompts in self._prompt_shapes():
             self._run_prompts(prompts, [], [])
+            self._status.fetch(1, 1)  # wait: the host must not stage the next prompts over those
         self.programs.freeze()
 
     # ---- rounds -----------------------------------------------------------------------------------------------
