@@ -101,6 +101,9 @@ class StaticRounds:
         rows, device = decoder.rows, decoder.target.device
         self.num_rows, self.max_banned = len(rows.held), rows.excluded.shape[1]
         self.programs = Programs(device, capture=graphs and device.type == "cuda")
+        if device.type == "cuda":
+            # cuDNN's attention plans anew for every shape, for longer than a recording takes; there are hundreds.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.run_tokens = mean_run(decoder.trie)
         self._tables: list[Tensor] = []
         vocabulary = decoder.target.vocabulary
