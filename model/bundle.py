@@ -86,6 +86,7 @@ class Bundle:
     def warm_up(self, decoder: ListDecoder) -> None:
         """Run every code path once and measure the budget of each load."""
         measured_budget(decoder, self.golden_requests(min(8, len(self.catalog.items))), self.profile("draft"))
+        decoder.freeze()
 
     def profile(self, draft: str) -> Profile:
         """What the report says of a draft (`draft` or `draft-plain`); a guess when it says nothing."""

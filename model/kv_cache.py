@@ -50,11 +50,13 @@ class Write(NamedTuple):
 class Sight(NamedTuple):
     """What the new tokens of a pass see: the positions before `committed` [B] of their row (None: nothing, a prompt's
     first pass), and of the m positions behind it those that `own` [B, n, m] allows (None: m = n, each token sees
-    those before it and itself). `reach` bounds the positions looked at."""
+    those before it and itself). `reach` bounds the positions looked at: it is where the longest row ends, or, where
+    shapes are `static`, anything behind that."""
 
     committed: Tensor | None
     own: Tensor | None
     reach: int
+    static: bool = False
 
     def mask(self, at: Write, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """Additive mask [B, 1, n, reach] for a pass that stores its tokens `at`; None where nothing is committed and
@@ -66,15 +68,17 @@ class Sight(NamedTuple):
         if own is None:
             triangle = torch.ones(new, new, dtype=torch.bool, device=at.positions.device).tril()
             own = triangle.expand(len(at.positions), -1, -1)
-        return attention_mask(self.committed, own, self.reach, dtype)
+        return attention_mask(self.committed, own, self.reach, dtype, static=self.static)
 
 
-def attention_mask(committed: Tensor, own: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def attention_mask(
+    committed: Tensor, own: Tensor, length: int, dtype: torch.dtype = torch.float32, *, static: bool = False
+) -> Tensor:
     """Additive mask [B, 1, n, length]: 0 on everything committed [B] and where `own` [B, n, m] allows among the m
     positions behind it, -inf elsewhere. At least one position is visible to every token, padding too: a softmax over
-    nothing is NaN, and NaN in a cache survives masking."""
+    nothing is NaN, and NaN in a cache survives masking. `static`: see `Sight.reach`."""
     rows, new, extra = own.shape
-    if rows == 1 and not own.is_cuda and length - extra > 0:  # one row knows where it ends: no scatter
+    if rows == 1 and not static and not own.is_cuda and length - extra > 0:  # one row knows where it ends: no scatter
         mask = torch.zeros(1, 1, new, length, dtype=dtype)
         if extra:
             mask[0, 0, :, length - extra :].masked_fill_(~own[0], float("-inf"))

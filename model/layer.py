@@ -11,7 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from model.kv_cache import KVCache, Write
 from model.linear import PackedLinear
@@ -21,13 +21,22 @@ Tensor = torch.Tensor
 
 class UnitNorm:
     """x / |x|, with RMSNorm's epsilon: RMSNorm without the factor sqrt(size), which `scale` folds into the weights
-    that read the result. Three small operations instead of RMSNorm's seven."""
+    that read the result. Three small operations instead of RMSNorm's seven. On a GPU, where RMSNorm is a single
+    kernel, it is that, and the factor is 1."""
 
     def __init__(self, size: int, epsilon: float, device: torch.device | str) -> None:
-        self.scale = math.sqrt(size)
+        self.size, self.epsilon, self.fused = size, epsilon, torch.device(device).type == "cuda"
+        self.scale = self.scale_on(device, size)
         self.floor = torch.tensor(math.sqrt(size * epsilon), device=device)
 
+    @staticmethod
+    def scale_on(device: torch.device | str, size: int) -> float:
+        """What the norm leaves to the weights behind it."""
+        return 1.0 if torch.device(device).type == "cuda" else math.sqrt(size)
+
     def __call__(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return rms_norm(x, (self.size,), eps=self.epsilon)
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         return (wide / torch.hypot(norm, self.floor)).to(x.dtype)
@@ -51,7 +60,7 @@ def fused_weights(source: Any, num_heads: int, num_kv_heads: int, head_size: int
     """The weights of a `transformers` decoder layer of the Llama family."""
     attention, feed = source.self_attn, source.mlp
     dtype, device = attention.q_proj.weight.dtype, attention.q_proj.weight.device
-    root, order = math.sqrt(attention.q_proj.weight.shape[1]), interleaved(head_size).to(device)
+    root, order = UnitNorm.scale_on(device, attention.q_proj.weight.shape[1]), interleaved(head_size).to(device)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     heads = (num_heads, num_kv_heads, None)
     scale_in = source.input_layernorm.weight.float() * root
@@ -63,7 +72,7 @@ def fused_weights(source: Any, num_heads: int, num_kv_heads: int, head_size: int
     if hasattr(attention, "q_norm"):
         query, key = (n.weight.detach().float()[order] for n in (attention.q_norm, attention.k_norm))
         scales = torch.stack([query] * num_heads + [key] * num_kv_heads)
-        qk_scale = (scales * math.sqrt(head_size)).to(dtype)
+        qk_scale = (scales * UnitNorm.scale_on(device, head_size)).to(dtype)
     scale_mid = source.post_attention_layernorm.weight.float() * root
     gate_up = torch.cat([feed.gate_proj.weight, feed.up_proj.weight]).float() * scale_mid
     output_bias = attention.o_proj.bias
@@ -95,8 +104,8 @@ class Layer:
     def __call__(
         self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache, layer: int, at: Write, length: int
     ) -> Tensor:
-        """`x` [N, d], `rotation` [N, 1, s/2] complex, `mask` [B, 1, n, T] additive; without it the pass is a prefill:
-        causal over its own tokens, nothing read from the cache."""
+        """`x` [N, d], `rotation` [N, 1, s/2] complex, `mask` [B, 1, n H/G, T] additive (see `grouped`); without it the
+        pass is a prefill: causal over its own tokens, nothing read from the cache."""
         rows, new = at.positions.shape
         qkv = self.qkv(self.norm(x))
         both = (self.heads + self.kv_heads) * self.size
@@ -109,8 +118,8 @@ class Layer:
         cache.write(layer, keys, values, at)
         if mask is None:
             keys, values = at.padded(keys).transpose(1, 2), at.padded(values).transpose(1, 2)
-            grouped = self.heads != self.kv_heads
-            mixed = scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=grouped)
+            shared = self.heads != self.kv_heads
+            mixed = scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=shared)
         else:
             mixed = self._attend(query, *cache.read(layer, rows, length), mask)
         x = self.output.add_to(x, at.compact(mixed.transpose(1, 2).reshape(rows, new, -1)))
@@ -122,10 +131,15 @@ class Layer:
         if self.heads == self.kv_heads:
             return scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         rows, heads, new, size = query.shape
-        group = heads // self.kv_heads
-        query = query.reshape(rows, self.kv_heads, group * new, size)
-        mixed = scaled_dot_product_attention(query, keys, values, attn_mask=mask.repeat(1, 1, group, 1))
+        query = query.reshape(rows, self.kv_heads, -1, size)
+        mixed = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return mixed.reshape(rows, heads, new, size)
+
+
+def grouped(mask: Tensor | None, heads: int, kv_heads: int) -> Tensor | None:
+    """A mask [B, 1, n, T] for queries whose heads share key/value heads: once for every head that shares one, and once
+    for all layers."""
+    return mask if mask is None or heads == kv_heads else mask.repeat(1, 1, heads // kv_heads, 1)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

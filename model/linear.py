@@ -17,11 +17,13 @@ class PackedLinear:
     """`x @ weight.T (+ bias)` for x [m, in]; weight [out, in]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.columns = weight.detach().t().contiguous()
+        # A GPU's products read a weight as it lies in a checkpoint, a CPU's plain ones best transposed.
+        weight = weight.detach()
+        self.columns = weight.contiguous().t() if weight.is_cuda else weight.t().contiguous()
         self.bias = None if bias is None else bias.detach()
         self.packed: Tensor | None = None
         if weight.device.type == "cpu" and weight.numel() >= PACK_FROM and torch.backends.mkldnn.is_available():
-            self.packed = _pack(weight.detach().contiguous())
+            self.packed = _pack(weight.contiguous())
 
     @property
     def weight(self) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model.kv_cache import KVCache, Sight, Write
-from model.layer import Layer, UnitNorm, fused_weights
+from model.layer import Layer, UnitNorm, fused_weights, grouped
 from model.linear import PackedLinear
 from model.native import kernel
 from model.semantic_id import Vocabulary
@@ -55,13 +55,13 @@ class Target:
         model = model.to(device).eval()
         self.vocabulary, self.device, self.dtype = vocabulary, torch.device(device), model.dtype
         self.hidden_size, self.num_layers = config.hidden_size, config.num_hidden_layers
-        self.num_kv_heads = config.num_key_value_heads
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.norm = UnitNorm(config.hidden_size, config.rms_norm_eps, device)
         self.window = _sliding_window(config)
         body = model.model
         with torch.no_grad():
-            heads = (config.num_attention_heads, self.num_kv_heads, self.head_size)
+            heads = (self.num_heads, self.num_kv_heads, self.head_size)
             weights = [fused_weights(source, *heads) for source in body.layers]
             self.embedding = body.embed_tokens.weight.detach()
             self.norm_scale = (body.norm.weight.detach().float() * self.norm.scale).to(self.dtype)
@@ -81,12 +81,13 @@ class Target:
                 self.head = kernel.NativeLinear(head)
             else:
                 self.layers = [Layer(layer, *heads, config.rms_norm_eps) for layer in weights]
-                self.head = PackedLinear(head)
+                # In full precision whatever the layers' is: half of it would make ties of near-ties.
+                self.head = PackedLinear(head.float())
             self._rotary = body.rotary_emb
         sizes = [0, *vocabulary.codebook_sizes]
         self.num_item_tokens = sum(vocabulary.codebook_sizes)
         self.head_columns = torch.tensor(sizes[:-1], device=device).cumsum(0)
-        self._rotations = self._rotation_table(1024)
+        self.rotations = self._rotation_table(1024)
 
     @classmethod
     def load(
@@ -131,14 +132,14 @@ class Target:
         hidden state)."""
         if self.native is not None:
             places = kernel.Places.of(at, sight, positions)
-            out, outputs = self.native(at.compact(tokens), places, cache.data, self._rotations, features)
+            out, outputs = self.native(at.compact(tokens), places, cache.data, self.rotations, features)
             return TargetOutput(at.padded(out), tuple(at.padded(output) for output in outputs))
-        mask, length = sight.mask(at, self.dtype), sight.reach
+        mask = grouped(sight.mask(at, self.dtype), self.num_heads, self.num_kv_heads)
         x = self.embedding[at.compact(tokens)]
-        rotation = self._rotations[at.compact(positions)].unsqueeze(1)
+        rotation = self.rotations[at.compact(positions)].unsqueeze(1)
         kept: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, mask, cache, index, at, length)
+            x = layer(x, rotation, mask, cache, index, at, sight.reach)
             if index in features:
                 kept.append(at.padded(x))
         hidden = at.padded(self.norm(x) * self.norm_scale)
@@ -148,17 +149,12 @@ class Target:
 
     def item_logits(self, hidden: Tensor) -> Tensor:
         """[..., S] float32 logits of the item tokens only, level after level (see `head_columns`)."""
-        return self.head(hidden.flatten(0, -2).to(self.dtype)).float().view(*hidden.shape[:-1], -1)
-
-    @property
-    def rotations(self) -> Tensor:
-        """[positions, s/2] complex rotary factors."""
-        return self._rotations
+        return self.head(hidden.flatten(0, -2).float()).view(*hidden.shape[:-1], -1)
 
     def reserve_positions(self, count: int) -> None:
         """Make room for positions below `count`; not during serving."""
-        if count > len(self._rotations):
-            self._rotations = self._rotation_table(count)
+        if count > len(self.rotations):
+            self.rotations = self._rotation_table(count)
 
     def _rotation_table(self, count: int) -> Tensor:
         """[count, s/2] complex: cos + i sin with the checkpoint's own (possibly scaled) frequencies."""

@@ -58,8 +58,9 @@ class Variant:
     decoder: ListDecoder
 
 
-def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str]) -> list[Variant]:
-    """Fresh decoders with `batch` rows; budgets of the speculating ones are measured first, as a worker does."""
+def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str], **options: Any) -> list[Variant]:
+    """Fresh decoders with `batch` rows; budgets of the speculating ones are measured first, as a worker does.
+    `options` go to the decoders as they are."""
     made = []
     for name in names:
         speculating = {"draft": "draft-plain", "padrec": "draft"}.get(name)
@@ -74,9 +75,11 @@ def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str]) -> list[V
             max_k=k,
             budget=lambda rows: Budget(0),
             forced=name != "plain",
+            **options,
         )
         if speculating:
             measured_budget(decoder, bundle.golden_requests(8), bundle.profile(speculating))
+        decoder.freeze()
         made.append(Variant(name, decoder))
     return made
 

@@ -65,12 +65,12 @@ class Packing(NamedTuple):
     total: Tensor
 
 
-def pack(length: Tensor, places: int) -> Packing:
-    """Pack runs of `length` [B, G], each padded to `places` tokens. n is the longest row's (on a GPU: the bound)."""
+def pack(length: Tensor, places: int, width: int | None = None) -> Packing:
+    """Pack runs of `length` [B, G], each padded to `places` tokens, into n = `width`: the longest row's unless told."""
     rows, groups = length.shape
     stop = length.cumsum(1)
     total = stop[:, -1]
-    width = groups * places if length.is_cuda else int(total.max())
+    width = int(total.max()) if width is None else width
     order = torch.arange(places, device=length.device)
     goes_to = (stop - length).unsqueeze(-1) + order
     goes_to = torch.where(order < length.unsqueeze(-1), goes_to, width).flatten(1)
@@ -80,11 +80,12 @@ def pack(length: Tensor, places: int) -> Packing:
     return Packing(index[:, :width], valid, (stop - 1).clamp_(min=0), total)
 
 
-def write_at(positions: Tensor) -> Write:
-    """Where rows 0..B-1 store the tokens of a pass."""
+def write_at(positions: Tensor, *, static: bool = False) -> Write:
+    """Where rows 0..B-1 store the tokens of a pass. With `static` shapes nothing is read from the positions."""
     rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-    single = positions.shape[0] == 1 and not positions.is_cuda
-    return Write(rows, positions, 0, int(positions[0, 0]) if single else None)
+    if static:  # flattened once for all layers
+        return Write(rows, positions, places=(rows.expand_as(positions).flatten(), positions.flatten()))
+    return Write(rows, positions, 0, int(positions[0, 0]) if positions.shape[0] == 1 else None)
 
 
 def legal_logits(target: Target, trie: ItemTrie, hidden: Tensor, children: Children) -> Tensor:
@@ -103,10 +104,12 @@ def grow(
     steps: int,
     width: int,
     table: TreeTable | None = None,
+    reach: int | None = None,
 ) -> DraftTree:
     """Draft `steps` choices deep: the trees of `table`, by the slot of each root, or without it the `width` best nodes
     a step. With steps = 0 the tree is empty but for the pending run's children. A row that samples is drafted with the
-    noise the target will draw with."""
+    noise the target will draw with. `reach` bounds the positions a step may look at, so that nothing has to be read
+    from the device to find out (see `Sight.static`)."""
     rows, device, places = root.node.shape[0], root.node.device, trie.num_levels + 1
     feature, node = root.feature.unsqueeze(1), root.node.unsqueeze(1)
     position, remaining = root.position.unsqueeze(1), root.remaining.unsqueeze(1)
@@ -149,7 +152,8 @@ def grow(
         if step + 1 < steps:
             assert draft is not None and cache is not None, "drafting needs a draft"
             seen = own[:, :, 1 : 1 + (step + 1) * width].unsqueeze(-1) & torch.cat(present, 1).unsqueeze(1)
-            feature = _draft_step(draft, cache, root.position, run, length, start, feature, seen.flatten(2), step)
+            seen = seen.flatten(2)
+            feature = _draft_step(draft, cache, root.position, run, length, start, feature, seen, step, reach)
     windows.append(trie.children(node, may, path))
     if root.sampling:
         noises.append(noise(root.sampling, trie, node, windows[-1], path))
@@ -198,19 +202,20 @@ def _draft_step(
     feature: Tensor,
     seen: Tensor,
     step: int,
+    reach: int | None,
 ) -> Tensor:
     """Output features [B, W, d] after the runs of one step. All tokens of a run share the feature that chose it; the
     last one asks. `seen` [B, W, x] says which of the x guessed tokens so far (this step's included) each node sees."""
+    static = reach is not None
     _, width, places = run.tokens.shape
     order = torch.arange(places, device=length.device)
     positions = start.unsqueeze(-1) + order
     extra = width * places
     stored = committed[:, None] + torch.arange(step * extra, (step + 1) * extra, device=length.device)
     features = feature.unsqueeze(2).expand(-1, -1, places, -1).flatten(1, 2)
-    at = write_at(stored)
+    at = write_at(stored, static=static)
     last = (length - 1).clamp(min=0) + torch.arange(0, extra, places, device=length.device)
-    reach = int(committed.max()) + (step + 1) * extra if not length.is_cuda else cache.num_positions
-    sight = Sight(committed, seen, reach)
+    sight = Sight(committed, seen, int(committed.max()) + (step + 1) * extra if reach is None else reach, static)
     return draft.ask(run.tokens.flatten(1), features, positions.flatten(1), step + 1, cache, at, last, sight)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from model.catalog import Catalog
 from model.decoding.request import CategoryFilter, InvalidRequest, RangeFilter
@@ -66,9 +67,13 @@ class Categories:
 class FilterTable:
     """`passing` [F, V] on the trie's device. One slot more than rows, so that every row can have a filter."""
 
-    def __init__(self, catalog: Catalog, trie: ItemTrie, num_rows: int) -> None:
+    def __init__(self, catalog: Catalog, trie: ItemTrie, num_rows: int, *, static: bool = False) -> None:
+        """`static`: all slots have their place from the beginning, so that `passing` stays where it is."""
         self.trie, self.num_slots = trie, num_rows + 1
-        self.passing = self._room = trie.passing()[None]
+        self.passing = self._room = trie.passing()[None].repeat(self.num_slots if static else 1, 1)
+        self._next_slot = 1
+        # What a device holds is read back once per filter, not once per request.
+        self._on_host = {0: self.passing[0].cpu()}
         self._schema = catalog.attribute_schema()
         by_leaf = [catalog.items[item].attributes for item in trie.item_of_leaf.tolist()]
         self._numbers: dict[str, Numbers] = {}
@@ -110,12 +115,13 @@ class FilterTable:
         key: Key = tuple(sorted(filters.items(), key=lambda f: f[0]))
         if key not in self._slots:
             row = self.trie.passing(self.leaves(filters))
-            if len(self.passing) < self.num_slots:
+            if self._next_slot < self.num_slots:
                 self._slots[key] = self._add_slot()
             else:
                 old = next(k for k, slot in self._slots.items() if not self._users.get(slot))
                 self._slots[key] = self._slots.pop(old)
             self.passing[self._slots[key]] = row
+            self._on_host[self._slots[key]] = row.cpu()
         self._slots.move_to_end(key)
         slot = self._slots[key]
         self._users[slot] = self._users.get(slot, 0) + 1
@@ -126,17 +132,21 @@ class FilterTable:
             assert self._users.get(slot, 0) > 0, f"filter slot {slot} released twice"
             self._users[slot] -= 1
 
+    def counts(self, slot: int) -> torch.Tensor:
+        """How many leaves before each node pass the filter of a slot, [V] on the host."""
+        return self._on_host[slot]
+
     @property
     def in_use(self) -> int:
         return sum(self._users.values())
 
     def _add_slot(self) -> int:
         """One more slot; room for them doubles, so that a new filter seldom copies the others."""
-        slot = len(self.passing)
+        slot, self._next_slot = self._next_slot, self._next_slot + 1
         if slot == len(self._room):
             self._room = self.passing.new_empty(min(2 * slot, self.num_slots), self.trie.num_nodes)
             self._room[:slot] = self.passing
-        self.passing = self._room[: slot + 1]
+        self.passing = self._room[: max(slot + 1, len(self.passing))]
         return slot
 
 

@@ -31,6 +31,7 @@ from model.decoding.filters import FilterTable
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
 from model.decoding.rows import Gain, Rows, account
 from model.decoding.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling, noise, perturbed
+from model.decoding.static_rounds import MAX_EXCLUDED, StaticRounds, rounded_positions
 from model.decoding.topology import Budget, table_of
 from model.decoding.verify import Verdict, accept
 from model.draft.draft import Draft
@@ -73,10 +74,14 @@ class ListDecoder:
         max_nodes: int = 16,
         forced: bool = True,
         record: Record | None = None,
+        static: bool | None = None,
+        graphs: bool = True,
     ) -> None:
         """`budget(rows in use)` decides how much a round drafts, within `max_steps` and `max_nodes`; `forced=False` is
         plain decoding, a token a pass. `record(rows, nodes [B], log_probs [B, G, C], children)` sees every choice made
-        without a draft. `learn`, when set, is told of every round."""
+        without a draft. `learn`, when set, is told of every round. With `static` shapes rounds and prompts are device
+        programs (see `static_rounds`): the rule on a CUDA device, except where choices are recorded, and as CUDA graphs
+        unless `graphs` is off; on a CPU they are possible, and no faster."""
         self.target, self.draft, self.trie, self.max_k = target, draft, trie, max_k
         self.budget, self.max_steps, self.max_nodes = budget, max_steps, max_nodes
         self.forced, self.record = forced, record
@@ -85,13 +90,24 @@ class ListDecoder:
         self.places = vocabulary.tokens_per_item
         prompt = len(vocabulary.list_prompt(())) + max_history_items * self.places
         positions = prompt + (max_k + 1 + max_nodes) * self.places
+        is_static = target.device.type == "cuda" and record is None if static is None else static
+        assert not (is_static and record), "a device program records nothing"
+        positions = rounded_positions(positions) if is_static else positions
         target.reserve_positions(positions)
-        self.cache = target.new_cache(num_rows, positions)
-        self.draft_cache = draft.new_cache(num_rows, positions) if draft else None
-        filters = FilterTable(catalog, trie, num_rows)
-        self.rows = Rows(num_rows, trie, filters, max_history_items, max_steps + 1, target.hidden_size)
+        self.cache = target.new_cache(num_rows + is_static, positions)
+        self.draft_cache = draft.new_cache(num_rows + is_static, positions) if draft else None
+        filters = FilterTable(catalog, trie, num_rows, static=is_static)
+        max_excluded = min(trie.num_items, MAX_EXCLUDED) + max_k + max_steps + 2 if is_static else None
+        self.rows = Rows(num_rows, trie, filters, max_history_items, max_steps + 1, target.hidden_size, max_excluded)
+        self.static = StaticRounds(self, graphs=graphs) if is_static else None
 
-        self.native = self._native()
+        self.native = None if is_static else self._native()
+
+    def freeze(self) -> None:
+        """End of warm-up, nothing running: make every device program that may be asked for, and no other ever after.
+        Nothing to do where shapes are not static."""
+        if self.static:
+            self.static.freeze()
 
     def _native(self) -> NativeRound | None:
         """The compiled round, where it can be had for both networks."""
@@ -114,6 +130,8 @@ class ListDecoder:
         for name, items in (("history", request.history), ("exclude", request.exclude)):
             if any(self.trie.leaf(codes) is None for codes in items):
                 raise InvalidRequest(f"/{name}", "names an item that is not in this catalog version")
+        if self.static and len({*request.history, *request.exclude}) > MAX_EXCLUDED:
+            raise InvalidRequest("/exclude", f"with the history more than {MAX_EXCLUDED} items")
         if not 0 <= request.temperature <= MAX_TEMPERATURE:
             raise InvalidRequest("/temperature", f"must lie between 0 and {MAX_TEMPERATURE:g}")
         if not 0 < request.top_p <= 1:
@@ -152,6 +170,10 @@ class ListDecoder:
     def _prefill(self, indices: list[int]) -> None:
         """Read the prompts of newly placed rows in one pass and make the first choice of each."""
         device, held = self.target.device, [self.rows.row(i) for i in indices]
+        if self.static:
+            told = self.static.prefill(indices)
+            self._account_first(indices, told.scores, told.gain)
+            return
         prompts = [self.target.vocabulary.list_prompt(row.request.history[-row.history_used :]) for row in held]
         longest = max(map(len, prompts))
         tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
@@ -180,9 +202,7 @@ class ListDecoder:
         run = self._step_into(root, choice.node)
         gain = Gain(run.tokens, run.length, run.leaf, feature, torch.zeros_like(length), run.node[:, 0])
         self.rows.advance(rows, length, gain)
-        told = zip(indices, choice.score.tolist(), gain.leaf.tolist(), gain.length.tolist(), strict=True)
-        for index, score, leaf, lengths in told:
-            account(self.rows.row(index), score, leaf, lengths, self.trie.num_items)
+        self._account_first(indices, choice.score, gain)
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 
@@ -191,12 +211,15 @@ class ListDecoder:
         """Advance every row in use by one round. Returns the lists it completed, and what it did."""
         indices = self.rows.in_use
         count = indices[-1] + 1
-        budget = self._budget(indices)
-        table = table_of(budget, self.trie.num_levels, self.trie.device)
-        if self.native is not None and table is not None and self.record is None:
-            gain, counts = self.native(count, self.rows.state(), table, self.forced)
+        if self.static:
+            gain, counts = self._static_round(self.static, indices)
         else:
-            gain, counts = self._tensor_round(count, budget, table)
+            budget = self._budget(indices)
+            table = table_of(budget, self.trie.num_levels, self.trie.device)
+            if self.native is not None and table is not None and self.record is None:
+                gain, counts = self.native(count, self.rows.state(), table, self.forced)
+            else:
+                gain, counts = self._tensor_round(count, budget, table)
         pending = self._account(indices, gain, counts)
         stats = self._stats(indices, counts, pending)
         if self.learn:
@@ -212,14 +235,14 @@ class ListDecoder:
         drafted = time.perf_counter()
         length = torch.cat([self.rows.pending_length[:count], tree.length], dim=1)
         packing = pack(length, self.places)
-        hidden, feature = self._verify(count, tree, packing, budget)
+        hidden, feature = self._verify(count, tree, packing, budget.width)
         nodes = torch.cat([self.rows.node[:count, None], tree.node], dim=1)
         choice, log_probs = self._choose(hidden, tree.children, sampling, tree.noise)
         if self.record and not budget.steps:
             self.record(range(count), nodes[:, 0], log_probs, tree.children)
         verdict = accept(tree, choice.best, budget.steps, budget.width)
         gain = self._gain(tree, nodes, choice, verdict, feature)
-        base = self._settle(count, tree, packing, verdict, gain, budget)
+        base = self._settle(count, tree, packing, verdict, gain, budget.width)
         self.rows.advance(torch.arange(count, device=base.device), base, gain)
         found = RowGain(
             verdict.accepted.tolist(),
@@ -230,6 +253,23 @@ class ListDecoder:
         )
         seconds = (drafted - started, time.perf_counter() - drafted)
         return found, self._count(tree, verdict, budget, slot.tolist(), busy.tolist(), seconds, int(length.sum()))
+
+    def _static_round(self, static: StaticRounds, indices: list[int]) -> tuple[RowGain, RoundCounts]:
+        """A round as one device program. Draft and verification are not told apart: all of the time is the latter's."""
+        started = time.perf_counter()
+        rows = static.bucket(indices[-1] + 1)
+        budget = self._static_budget(indices, rows)
+        told = static.round(indices, rows, budget)
+        scores: list[list[float]] = [[] for _ in range(rows)]
+        leaves: list[list[int]] = [[] for _ in range(rows)]
+        lengths: list[list[int]] = [[] for _ in range(rows)]
+        told_of = zip(indices, told.scores.tolist(), told.gain.leaf.tolist(), told.gain.length.tolist(), strict=True)
+        for index, score, leaf, length in told_of:
+            scores[index], leaves[index], lengths[index] = score, leaf, length
+        drafted = (told.tree.length > 0).sum(1).tolist()
+        gain = RowGain(told.verdict.accepted.tolist(), scores, leaves, lengths, drafted)
+        seconds, busy = (0.0, time.perf_counter() - started), [row in indices for row in range(rows)]
+        return gain, self._count(told.tree, told.verdict, budget, told.begun, busy, seconds, told.target_tokens)
 
     def _budget(self, indices: list[int]) -> Budget:
         """The round's budget. Rows of a round without speculation lose touch with the draft's cache: they finish
@@ -242,6 +282,20 @@ class ListDecoder:
         assert budget.steps <= self.max_steps and budget.steps * budget.width <= self.max_nodes, budget
         return budget
 
+    def _static_budget(self, indices: list[int], bucket: int) -> Budget:
+        """`_budget` from what the host knows. A round costs what its bucket costs, so that is the load asked about."""
+        held = [self.rows.row(i) for i in indices]
+        willing = self.draft is not None and any(row.drafts for row in held)
+        budget = self.budget(bucket) if willing else Budget(0)
+        if budget.steps:
+            assert budget.steps <= self.max_steps and budget.steps * budget.width <= self.max_nodes, budget
+            return budget
+        if willing:
+            self.rows.draftable.zero_()
+        for row in held:
+            row.drafts = False
+        return Budget(0)
+
     def _draft_tree(self, count: int, sampling: Sampling | None, budget: Budget, table: TreeTable | None) -> DraftTree:
         rows = self.rows
         position = rows.base[:count] + rows.pending_length[:count, 0]
@@ -251,22 +305,27 @@ class ListDecoder:
             root = root._replace(feature=self._read_fresh(count, position))
         return grow(self.draft, self.target, self.trie, may, self.draft_cache, root, budget.steps, budget.width, table)
 
-    def _read_fresh(self, count: int, position: Tensor) -> Tensor:
-        """Draft step 0: read the runs gained since the last draft, with the target's features; [B, d] at the last."""
+    def _read_fresh(self, count: int, position: Tensor, reach: int | None = None) -> Tensor:
+        """Draft step 0: read the runs gained since the last draft, with the target's features; [B, d] at the last.
+        `reach`: see `grow`."""
         assert self.draft and self.draft_cache
-        rows = self.rows
-        packing = pack(rows.fresh_length[:count], self.places)
+        rows, static = self.rows, reach is not None
+        width = rows.fresh_length.shape[1] * self.places if static else None
+        packing = pack(rows.fresh_length[:count], self.places, width)
         tokens = rows.fresh_tokens[:count].flatten(1).gather(1, packing.source)
         feature = pick(rows.fresh_feature[:count], packing.source // self.places)
         order = torch.arange(packing.source.shape[1], device=position.device)
         stored = (position - packing.total)[:, None] + order
         last = (packing.total - 1).clamp(min=0)[:, None]
-        reach = self.draft_cache.num_positions if position.is_cuda else int(position.max())
-        at, sight = write_at(stored), Sight(position, None, reach)
+        at = write_at(stored, static=static)
+        sight = Sight(position, None, int(position.max()) if reach is None else reach, static)
         return self.draft.ask(tokens, feature, stored, 0, self.draft_cache, at, last, sight)[:, 0]
 
-    def _verify(self, count: int, tree: DraftTree, packing: Packing, budget: Budget) -> tuple[Tensor, Tensor | None]:
-        """The target's pass over pending run and tree: hidden states and fused features [B, G, d] at group ends."""
+    def _verify(
+        self, count: int, tree: DraftTree, packing: Packing, tree_width: int, reach: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The target's pass over pending run and tree: hidden states and fused features [B, G, d] at group ends.
+        `reach`: see `grow`."""
         rows, base = self.rows, self.rows.base[:count]
         tokens = torch.cat([rows.pending_tokens[:count], tree.tokens], dim=1)
         layers = self.draft.feature_layers if self.draft else ()
@@ -275,13 +334,16 @@ class ListDecoder:
         positions = torch.cat([base[:, None], tree.start], dim=1).gather(1, group) + place
         width = packing.source.shape[1]
         own = None
-        if budget.width > 1:
+        if tree_width > 1:
             order = torch.ones(width, width, dtype=torch.bool, device=base.device).tril()
             own = order & pick(tree.sees, group).gather(2, group.unsqueeze(1).expand(-1, width, -1))
         stored = base[:, None] + torch.arange(width, device=base.device)
-        reach = self.cache.num_positions if base.is_cuda else int(base.max()) + width
-        at = self._packed(write_at(stored), packing.valid)
-        output = self.target(tokens, positions, self.cache, at, Sight(base, own, reach), layers)
+        static = reach is not None
+        at = write_at(stored, static=static)
+        if not static:
+            at = self._packed(at, packing.valid)
+        sight = Sight(base, own, int(base.max()) + width if reach is None else reach, static)
+        output = self.target(tokens, positions, self.cache, at, sight, layers)
         if self.draft is None:
             return pick(output.hidden, packing.end), None
         feature = self.draft.fuse_features(tuple(pick(f, packing.end) for f in output.features))
@@ -289,9 +351,8 @@ class ListDecoder:
 
     @staticmethod
     def _packed(at: Write, valid: Tensor) -> Write:
-        """Leave the padding of rows of different lengths out of the target's pass: on a CPU every token costs. On a
-        GPU shapes stay what they are."""
-        return at if at.start is not None or valid.is_cuda else at.without(~valid)
+        """Leave the padding of rows of different lengths out of the target's pass: every token costs."""
+        return at if at.start is not None else at.without(~valid)
 
     def _choose(
         self, hidden: Tensor, children: Children, sampling: Sampling | None, drawn_with: Tensor | None
@@ -340,19 +401,25 @@ class ListDecoder:
         )
 
     def _settle(
-        self, count: int, tree: DraftTree, packing: Packing, verdict: Verdict, gain: Gain, budget: Budget
+        self, count: int, tree: DraftTree, packing: Packing, verdict: Verdict, gain: Gain, tree_width: int
     ) -> Tensor:
         """Move accepted keys/values into place; the target's cache then holds [B] tokens a row."""
         base, pending = self.rows.base[:count], self.rows.pending_length[:count, 0]
         grown = pending + gain.length.sum(1) - gain.length.gather(1, gain.last[:, None])[:, 0]
-        if budget.width > 1:  # a chain's accepted tokens are in place already
+        if tree_width > 1:  # a chain's accepted tokens are in place already
             group = packing.source // self.places
             on_path = (group.unsqueeze(-1) == verdict.path.unsqueeze(1)).any(-1) & packing.valid
             picked = (~on_path).long().argsort(dim=1, stable=True)
-            self.cache.keep(base, picked if base.is_cuda else picked[:, : int(grown.max())])
+            self.cache.keep(base, picked if self.static else picked[:, : int(grown.max())])
         return base + grown
 
     # ---- host -------------------------------------------------------------------------------------------------
+
+    def _account_first(self, indices: Sequence[int], scores: Tensor, gain: Gain) -> None:
+        """Book the first choice of each row."""
+        told = zip(indices, scores.tolist(), gain.leaf.tolist(), gain.length.tolist(), strict=True)
+        for index, score, leaf, lengths in told:
+            account(self.rows.row(index), score, leaf, lengths, self.trie.num_items)
 
     def _account(self, indices: Sequence[int], gain: RowGain, counts: RoundCounts) -> int:
         """Book what each row gained; forced tokens in all."""

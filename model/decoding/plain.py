@@ -26,7 +26,8 @@ class PlainTwin:
     @torch.no_grad()
     def decode(self, request: ListRequest, allowed: set[Codes] | None = None) -> ListResult:
         """The list for `request`; `allowed` are the items that pass its filters (None: all). `margins` then holds, for
-        each token with a choice, the distance in nats between the two best legal tokens (if sampled: see `draw`)."""
+        each code, the distance in nats between the two best legal tokens (if sampled: see `draw`), inf where there was
+        no choice."""
         vocabulary, self.margins = self.target.vocabulary, []
         banned = set(request.exclude) | (set(request.history) if request.exclude_history else set())
         if allowed is not None:
@@ -46,14 +47,15 @@ class PlainTwin:
                 column = int(self.target.head_columns[level])
                 log_probs = torch.log_softmax(logits[[column + c for c in legal]], dim=0)
                 best = int(log_probs.argmax())
+                self.margins.append(math.inf)
                 if len(legal) > 1 and request.temperature > 0:
                     decision = torch.tensor(len(found) * vocabulary.num_levels + level)
                     noise = gumbel(torch.tensor(seed), decision, torch.tensor(legal)).tolist()
                     best, margin = draw(log_probs.tolist(), noise, request.temperature, request.top_p)
-                    self.margins.append(margin)
+                    self.margins[-1] = margin
                 elif len(legal) > 1:
                     first, second = log_probs.topk(2).values.tolist()
-                    self.margins.append(first - second)
+                    self.margins[-1] = first - second
                 codes, score = (*codes, legal[best]), score + float(log_probs[best])
                 logits = self._pass([vocabulary.level_offsets[level] + legal[best]], length, cache)
                 length += 1

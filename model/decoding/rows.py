@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from model.decoding.filters import FilterTable
 from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
@@ -24,13 +25,19 @@ Tensor = torch.Tensor
 
 @dataclass
 class Row:
-    """What the host knows of one request. `items` holds (leaf, score), `score` the open item's score so far."""
+    """What the host knows of one request. `items` holds (leaf, score), `score` the open item's score so far,
+    `position` where the token after its pending run goes, `banned` how many leaves its exclusions may come to; `drafts`
+    while the draft may guess at it, `on_device` once the device's state is this request's."""
 
     request: ListRequest
     wanted: int
     filter_slot: int
     history_used: int
     degraded: tuple[tuple[str, str], ...]
+    banned: int
+    drafts: bool
+    position: int = 0
+    on_device: bool = False
     score: float = 0.0
     items: list[tuple[int, float]] = field(default_factory=list)
     rounds: int = 0
@@ -58,24 +65,51 @@ class Gain(NamedTuple):
     node: Tensor
 
 
+class Placement(NamedTuple):
+    """What the tensors of the row at `place` are to hold; `leaves` are those it may not emit."""
+
+    place: int
+    leaves: Tensor
+    wanted: int
+    draftable: int
+    filter_slot: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
 class Rows:
     """Fixed rows. Per row: `base` tokens in the target's cache, the `pending` run behind them (chosen, not yet read),
     the `fresh` runs the draft has not read with the features they were chosen from, the trie `node` after the pending
     run, `remaining` items to go, `written` items so far, `draftable` items the draft may guess at, what is `excluded`,
-    and how it samples: `temperature` (0: greedy), `top_p`, `seed`."""
+    and how it samples: `temperature` (0: greedy), `top_p`, `seed`. Where shapes are static one more row, the last,
+    takes what padding writes, and tensors stay where they are for good."""
 
     def __init__(
-        self, num_rows: int, trie: ItemTrie, filters: FilterTable, max_history_items: int, max_gain: int, size: int
+        self,
+        num_rows: int,
+        trie: ItemTrie,
+        filters: FilterTable,
+        max_history_items: int,
+        max_gain: int,
+        size: int,
+        max_excluded: int | None = None,
     ) -> None:
-        """`max_gain`: most runs a round can add to a row; `size`: d of the draft's features."""
+        """`max_gain`: most runs a round can add to a row; `size`: d of the draft's features; `max_excluded`: leaves a
+        row may have to leave out, where shapes are static."""
         self.trie, self.filters, self.max_history_items = trie, filters, max_history_items
         self.held: list[Row | None] = [None] * num_rows
+        self.static = max_excluded is not None
+        self.placed: list[Placement] = []
+        num_rows += self.static
         whole = torch.zeros(num_rows, dtype=torch.int64, device=trie.device)
         self.base, self.node, self.remaining = whole.clone(), whole.clone(), whole.clone()
         self.draftable, self.filter_slot = whole.clone(), whole.clone()
         self.written, self.seed = whole.clone(), whole.clone()
         self.temperature, self.top_p = whole.double(), whole.double()
-        self.excluded = torch.full((num_rows, 64), trie.num_items, dtype=torch.int64, device=trie.device)
+        self.excluded = torch.full(
+            (num_rows, max_excluded or 64), trie.num_items, dtype=torch.int64, device=trie.device
+        )
         places = trie.num_levels + 1
         self.pending_tokens = whole.new_zeros(num_rows, 1, places)
         self.pending_length = whole.new_zeros(num_rows, 1)
@@ -117,16 +151,25 @@ class Rows:
             passing=self.filters.passing,
         )
 
-    def may(self, rows: Tensor | slice) -> Availability:
-        return Availability(self.filters.passing, self.filter_slot[rows], self.excluded[rows])
+    def may(self, rows: Tensor | slice, banned: int | None = None) -> Availability:
+        """What `rows` may still emit; none of them has more than `banned` exclusions, where one says so."""
+        excluded = self.excluded[rows]
+        if banned is not None:
+            excluded = excluded[:, :banned].contiguous()
+        return Availability(self.filters.passing, self.filter_slot[rows], excluded)
 
     def sampling(self, rows: Tensor | slice) -> Sampling | None:
         """How `rows` draw; None when no request held does, so that greedy batches compute no noise."""
-        drawing = [row.request for row in self.held if row is not None and row.request.temperature > 0]
+        drawing = self.drawing
         if not drawing:
             return None
         top_p = self.top_p[rows] if any(request.top_p < 1 for request in drawing) else None
         return Sampling(self.temperature[rows], top_p, self.seed[rows], self.written[rows])
+
+    @property
+    def drawing(self) -> list[ListRequest]:
+        """The requests held that sample."""
+        return [row.request for row in self.held if row is not None and row.request.temperature > 0]
 
     def place(self, request: ListRequest, headroom: int) -> int:
         """Give a validated request a free row; `headroom`: leaves a round may add beyond the list."""
@@ -134,7 +177,7 @@ class Rows:
         banned = set(request.exclude) | (set(request.history) if request.exclude_history else set())
         leaves = torch.tensor(sorted(self._leaf(c) for c in banned), dtype=torch.int64)
         slot = self.filters.acquire(request.filters)
-        passing = self.filters.passing[slot].cpu()
+        passing = self.filters.counts(slot)
         nodes = self.trie.first_leaf + leaves
         leaves = leaves[passing[nodes + 1] > passing[nodes]]
         available = int(passing[-1]) - len(leaves)
@@ -142,17 +185,28 @@ class Rows:
         degraded = []
         if available < request.k:
             degraded.append(("fewer_items", f"Only {available} items pass the filters and exclusions."))
-        row = Row(request, min(request.k, available), slot, used, tuple(degraded))
+        most = len(leaves) + request.k + headroom
+        row = Row(request, min(request.k, available), slot, used, tuple(degraded), most, request.speculation)
         self.held[index] = row
-        self._reserve_exclusions(len(leaves) + request.k + headroom)
+        seed = fresh_seed() if request.seed is None else request.seed
+        draftable = row.wanted if request.speculation else 0
+        drawing = (request.temperature, request.top_p, seed)
+        placement = Placement(index, leaves, row.wanted, draftable, slot, *drawing)
+        if self.static:
+            self.placed.append(placement)  # the pass that reads the prompt writes them all at once
+        else:
+            self._reserve_exclusions(most)
+            self._write(placement)
+        return index
+
+    def _write(self, placement: Placement) -> None:
+        index, leaves = placement.place, placement.leaves
         self.excluded[index] = self.trie.num_items
         self.excluded[index, : len(leaves)] = leaves.to(self.excluded.device)
-        self.filter_slot[index] = slot
-        self.remaining[index] = row.wanted
-        self.draftable[index] = row.wanted if request.speculation else 0
-        self.temperature[index], self.top_p[index] = request.temperature, request.top_p
-        self.seed[index] = fresh_seed() if request.seed is None else request.seed
-        return index
+        self.filter_slot[index] = placement.filter_slot
+        self.remaining[index], self.draftable[index] = placement.wanted, placement.draftable
+        self.temperature[index], self.top_p[index] = placement.temperature, placement.top_p
+        self.seed[index] = placement.seed
 
     def finish(self, index: int) -> ListResult:
         """The list of a row, which is free afterwards."""
@@ -171,8 +225,11 @@ class Rows:
         )
 
     def free(self, index: int) -> None:
-        self.filters.release(self.row(index).filter_slot)
+        row = self.row(index)
+        self.filters.release(row.filter_slot)
         self.held[index] = None
+        if self.static and (row.done or not row.on_device):
+            return  # what is done has been put to rest on the device, by the round that completed it
         for state in (self.base, self.node, self.remaining, self.written, self.draftable, self.filter_slot):
             state[index] = 0
         self.temperature[index] = 0
@@ -184,11 +241,19 @@ class Rows:
         """Nothing leaks: free rows decode nothing, filters are held by rows only."""
         filtered = sum(1 for i in self.in_use if self.row(i).filter_slot)
         assert self.filters.in_use == filtered, f"{self.filters.in_use} filters held by {filtered} rows"
+        remaining = self.remaining.tolist()
         for index, row in enumerate(self.held):
-            assert row is not None or int(self.remaining[index]) == 0, f"row {index} is free but still decodes"
+            assert row is not None or remaining[index] == 0, f"row {index} is free but still decodes"
 
-    def advance(self, rows: Tensor, base: Tensor, gain: Gain) -> None:
-        """Apply a gain to `rows` [B] whose caches now hold `base` [B] tokens."""
+    def rest(self, rows: Tensor | slice) -> None:
+        """Nothing more happens in those of `rows` that are complete, whatever rounds they are in."""
+        running = self.remaining[rows] > 0
+        self.base[rows] *= running
+        self.pending_length[rows] *= running.unsqueeze(1)
+        self.fresh_length[rows] *= running.unsqueeze(1)
+
+    def advance(self, rows: Tensor | slice, base: Tensor, gain: Gain, banned: int | None = None) -> None:
+        """Apply a gain to `rows` [B] whose caches now hold `base` [B] tokens; `banned` as in `may`."""
         self.base[rows] = base
         self.node[rows] = gain.node
         last = gain.last[:, None]
@@ -200,15 +265,15 @@ class Rows:
         self.remaining[rows] = left
         self.written[rows] += emitted
         self.draftable[rows] = torch.minimum(self.draftable[rows], left)
-        if self.trie.device.type != "cpu" or bool(emitted.any()):
-            merged = torch.cat([self.excluded[rows], gain.leaf], dim=1).sort(dim=1).values
-            self.excluded[rows] = merged[:, : self.excluded.shape[1]]
+        if self.static or bool(emitted.any()):
+            excluded = self.excluded[:, :banned]
+            merged = torch.cat([excluded[rows], gain.leaf], dim=1).sort(dim=1).values
+            excluded[rows] = merged[:, : excluded.shape[1]]
         if gain.feature is not None:
             added = gain.length.shape[1]
             self.fresh_tokens[rows, :added] = gain.tokens
             self.fresh_feature[rows, :added] = gain.feature
-            self.fresh_length[rows] = 0
-            self.fresh_length[rows, :added] = gain.length
+            self.fresh_length[rows] = pad(gain.length, (0, self.fresh_length.shape[1] - added))
 
     def _leaf(self, codes: Codes) -> int:
         leaf = self.trie.leaf(codes)

@@ -57,15 +57,15 @@ class Draft:
             self.feature_part, self.qkv = PackedLinear(of_feature), PackedLinear(weights.qkv)
             self.output, self.gate_up = PackedLinear(weights.output), PackedLinear(weights.gate_up)
             self.down = PackedLinear(weights.down)
-        self._rotations = network.rotations(1024)
+        self.rotations = network.rotations(1024)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
         return self.network.shape.feature_layers
 
     def new_cache(self, num_rows: int, num_positions: int) -> KVCache:
-        if num_positions > len(self._rotations):
-            self._rotations = self.network.rotations(num_positions)
+        if num_positions > len(self.rotations):
+            self.rotations = self.network.rotations(num_positions)
         heads = self.network.shape.num_heads
         return KVCache(1, num_rows, num_positions, heads, self.network.head_size, self.device)
 
@@ -97,18 +97,18 @@ class Draft:
             flat = asked + new * torch.arange(rows)[:, None]
             term = self.terms[min(step, len(self.terms) - 1)]
             read = (tokens.flatten(), features.flatten(0, 1), places, flat.flatten(), term)
-            return self.native(*read, cache.data, self._rotations).view(*asked.shape, self.native.size)
+            return self.native(*read, cache.data, self.rotations).view(*asked.shape, self.native.size)
         size = features.shape[-1]
         z = self.feature_part.add_to(self.token_part[tokens.flatten()], features.flatten(0, 1))
         z = self.network.positions.with_step(z, step)
         qkv = self.qkv(self.norm(z)).view(rows, new, 3, self.network.shape.num_heads, -1)
-        turned = rotate(qkv[:, :, :2], self._rotations[positions].unsqueeze(2))
+        turned = rotate(qkv[:, :, :2], self.rotations[positions].unsqueeze(2))
         cache.write(0, turned[:, :, 1].flatten(0, 1), qkv[:, :, 2].flatten(0, 1), at)
         if not asked.shape[1]:
             return features.new_empty(rows, 0, size)
         assert sight.committed is not None
         own = sight.own if sight.own is not None else asked.new_zeros(rows, asked.shape[1], 0, dtype=torch.bool)
-        mask = attention_mask(sight.committed, own, sight.reach)
+        mask = attention_mask(sight.committed, own, sight.reach, static=sight.static)
         index = asked.unsqueeze(-1)
         x = z.view(rows, new, size).gather(1, index.expand(-1, -1, size)).flatten(0, 1)
         query = turned[:, :, 0].gather(1, index.unsqueeze(-1).expand(-1, -1, *turned.shape[3:]))
@@ -119,8 +119,3 @@ class Draft:
         x = self.down.add_to(x, silu(gate) * up)
         out: Tensor = self.norm(x) * self.last_scale
         return out.view(*asked.shape, size)
-
-    @property
-    def rotations(self) -> Tensor:
-        """[positions, 1, s/2] complex rotary factors."""
-        return self._rotations

@@ -10,7 +10,7 @@ Shapes: B lists, T tokens of prompt and list, U list tokens, D decisions, C larg
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -92,30 +92,33 @@ def _batch(lists: WrittenLists, model: PreTrainedModel, vocabulary: Vocabulary, 
     partner[:, first:] = asked.gather(1, list_run)
     partner = torch.where(torch.arange(length) <= pad[:, None], -1, partner)
     positions = torch.arange(length) - pad[:, None]
+    device = model.device
     output = model(
-        input_ids=tokens,
-        attention_mask=(positions >= 0).long(),
-        position_ids=positions.clamp(min=0),
+        input_ids=tokens.to(device),
+        attention_mask=(positions >= 0).long().to(device),
+        position_ids=positions.clamp(min=0).to(device),
         output_hidden_states=True,
         use_cache=False,
     )
     features = torch.cat([output.hidden_states[layer + 1] for layer in layers], dim=-1).nan_to_num().half()
     assert decisions == asked.shape[1], (decisions, asked.shape)
-    return DraftBatch(tokens, slots, partner, run, asked, lists.level, lists.log_probs, first, positions, features)
+    batch = DraftBatch(tokens, slots, partner, run, asked, lists.level, lists.log_probs, first, positions, features)
+    tensors: dict[str, Any] = {n: v.to(device) for n, v in batch._asdict().items() if isinstance(v, Tensor)}
+    return batch._replace(**tensors)
 
 
 def unrolled_outputs(network: DraftNetwork, embedding: Tensor, batch: DraftBatch, steps: int) -> list[Tensor]:
     """Draft outputs [B, D, d] for every decision, at draft step 0, 1, ... steps-1. At step j the first j decisions of
     a list are not drafted that deep: their outputs mean nothing."""
-    embedded, first = embedding[batch.tokens], batch.first
+    embedded, first, device = embedding[batch.tokens], batch.first, embedding.device
     positions = batch.positions.clamp(min=0)
     rotations = network.rotations(int(positions.max()) + 1)
     fused = network.features(batch.features.float())
     partner = torch.where(batch.partner.unsqueeze(-1) >= 0, _at(fused, batch.partner.clamp(min=0)), 0.0)
     z = network.inputs(embedded, batch.slots, partner, 0)
     stored = [_stored(network, z, rotations[positions])]
-    decisions = torch.arange(batch.asked.shape[1])
-    place = torch.arange(batch.tokens.shape[1])
+    decisions = torch.arange(batch.asked.shape[1], device=device)
+    place = torch.arange(batch.tokens.shape[1], device=device)
     run = batch.run[:, first:]
     outputs: list[Tensor] = []
     for step in range(steps):
@@ -142,17 +145,17 @@ def draft_loss(
     network: DraftNetwork, embedding: Tensor, head: Tensor, columns: Tensor, batch: DraftBatch, config: DraftConfig
 ) -> Tensor:
     """Cross-entropy in nats of the draft against the target's legal distributions, step j weighted by decay^j."""
-    total, weight = torch.zeros(()), 0.0
+    total, weight, device = torch.zeros((), device=head.device), 0.0, head.device
     labels = batch.log_probs.float()
     legal = labels > float("-inf")
     probabilities = labels.exp()
-    index = columns[batch.level.clamp(min=0)].unsqueeze(-1) + torch.arange(labels.shape[-1])
+    index = columns[batch.level.clamp(min=0)].unsqueeze(-1) + torch.arange(labels.shape[-1], device=device)
     index = index.clamp(max=head.shape[0] - 1)
     for step, output in enumerate(unrolled_outputs(network, embedding, batch, config.steps)):
         logits = (output @ head.t()).gather(-1, index).masked_fill(~legal, float("-inf"))
         log_q = torch.log_softmax(logits, dim=-1)
         losses = -(probabilities * torch.where(legal, log_q, 0.0)).sum(-1)
-        asked = (batch.level >= 0) & (torch.arange(labels.shape[1]) >= step)
+        asked = (batch.level >= 0) & (torch.arange(labels.shape[1], device=device) >= step)
         total = total + config.step_loss_decay**step * losses[asked].mean()
         weight += config.step_loss_decay**step
     return total / weight
@@ -166,7 +169,7 @@ def train_draft(
     batches: list[DraftBatch],
     validation: list[DraftBatch],
     config: DraftConfig,
-    folder: Path,
+    folder: Path | None,
     label: str,
 ) -> FitResult:
     """Train in place; `head` [S, d] are the target's rows for item tokens, `columns` [L] where each level starts."""

@@ -1,7 +1,8 @@
 """The one training loop: AdamW, warm-up then cosine, clipping, best weights by validation, resumable each epoch.
 
-Knows nothing of what is trained: batches and losses are given. The state on disk is safetensors and JSON, so a run
-that was killed continues at its last finished epoch and ends where an uninterrupted one would.
+Knows nothing of what is trained, nor where: batches and losses are given, and weights stay on their device. The state
+on disk is safetensors and JSON, so a run that was killed continues at its last finished epoch and ends where an
+uninterrupted one would.
 """
 
 import json
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -46,13 +46,15 @@ def fit(
     loss: Callable[[Batch], torch.Tensor],
     validate: Callable[[], float],
     config: FitConfig,
-    folder: Path,
+    folder: Path | None,
     *,
     label: str,
     patience: int = 0,
 ) -> FitResult:
-    """Train `module` in place and leave it with its best weights. `batches(epoch)` must depend on the epoch alone."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Train `module` in place and leave it with its best weights. `batches(epoch)` must depend on the epoch alone.
+    Without a `folder` nothing is written: the last weights stay, and a killed run begins anew."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     decayed = [p for p in trained.values() if p.dim() > 1]
     plain = [p for p in trained.values() if p.dim() <= 1]
@@ -60,7 +62,7 @@ def fit(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
     state = _State(folder, trained, optimizer)
     state.resume()
-    with _progress() as progress:
+    with progress_bar() as progress:
         for epoch in range(len(state.losses), config.epochs):
             if patience and epoch - state.best_epoch > patience:
                 break
@@ -86,9 +88,11 @@ def fit(
 
 
 class _State:
-    """Weights, optimiser moments and losses, written after each epoch."""
+    """Weights, optimiser moments and losses, written after each epoch where there is a folder for them."""
 
-    def __init__(self, folder: Path, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, folder: Path | None, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
         self.folder, self.trained, self.optimizer = folder, trained, optimizer
         self.losses: list[float] = []
 
@@ -98,6 +102,8 @@ class _State:
 
     def finish_epoch(self, loss: float) -> None:
         self.losses.append(loss)
+        if self.folder is None:
+            return
         weights = {n: p.detach().contiguous() for n, p in self.trained.items()}
         if self.best_epoch == len(self.losses) - 1:
             save_file(weights, self.folder / "best.safetensors")
@@ -113,8 +119,7 @@ class _State:
         (self.folder / "losses.json").write_text(losses)
 
     def resume(self) -> None:
-        path = self.folder / "state.safetensors"
-        if not path.exists():
+        if self.folder is None or not (path := self.folder / "state.safetensors").exists():
             return
         with safe_open(path, "pt") as file:
             losses = (file.metadata() or {}).get("losses")
@@ -123,9 +128,14 @@ class _State:
         for name, p in self.trained.items():
             p.data.copy_(tensors[name])
             state: dict[str, Any] = self.optimizer.state[p]
-            state.update({k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name})
+            for key, value in tensors.items():
+                of, _, moment = key.rpartition("/")
+                if of == name:  # moments lie beside their weight, the count of steps on the host
+                    state[moment] = value.to(p.device) if value.dim() else value
 
     def restore_best(self) -> None:
+        if self.folder is None:
+            return
         best = load_file(self.folder / "best.safetensors")
         for name, p in self.trained.items():
             p.data.copy_(best[name])
@@ -138,7 +148,29 @@ def _schedule(done: float, warmup: float) -> float:
     return 0.05 + 0.475 * (1 + math.cos(math.pi * (done - warmup) / max(1e-9, 1 - warmup)))
 
 
-def _progress() -> Progress:
+class _Quiet:
+    """Says nothing, where nothing is installed to say it with."""
+
+    def __enter__(self) -> "_Quiet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def add_task(self, description: str, **_: object) -> int:
+        del description
+        return 0
+
+    def update(self, task: int, **_: object) -> None:
+        del task
+
+
+def progress_bar() -> Any:
+    """Bars with the time left, where `rich` is installed: a bare GPU machine trains without."""
+    try:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    except ImportError:
+        return _Quiet()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

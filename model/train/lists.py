@@ -77,12 +77,13 @@ def write_lists(
     size = target.vocabulary.max_codebook_size
 
     def record(rows: Sequence[int], nodes: Tensor, log_probs: Tensor, children: Children) -> None:
-        dense = torch.full((len(nodes), size), float("-inf"))
+        dense = log_probs.new_full((len(nodes), size), float("-inf"))
         dense.scatter_reduce_(1, trie.code[children.nodes[:, 0]].long(), log_probs[:, 0], "amax")
+        depth, halved = trie.depth[nodes].tolist(), dense.half().cpu()
         for place, index in enumerate(rows):
             row = decoder.rows.held[index]
             if row is not None:
-                decisions[row.request.request_id].append((int(trie.depth[nodes[place]]), dense[place].half()))
+                decisions[row.request.request_id].append((depth[place], halved[place]))
 
     decoder = ListDecoder(
         target,
