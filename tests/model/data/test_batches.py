@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from model.data.batches import shuffled_within_ties, soon_labels, token_batches, training_windows
+from model.data.batches import shuffled_within_ties, soon_labels, token_batch, training_windows
 from model.data.histories import History
 from model.semantic_id import Codes, Vocabulary
 
@@ -101,9 +101,9 @@ def test_labels_are_asked_at_the_position_before_the_code_they_name() -> None:
     rng = random.Random(0)
     codes = {str(i): tuple(rng.randrange(n) for n in SIZES) for i in range(20)}
     windows = [[str(i) for i in range(5)], ["7", "8"], ["9", "10", "11"]]
-    batches = list(token_batches(windows, codes, VOCABULARY, 2, 1, 0.9))
-    assert [len(b.tokens) for b in batches] == [2, 1]
-    for batch, chunk in zip(batches, (windows[:2], windows[2:]), strict=True):
+    for chunk in (windows[:2], windows[2:]):
+        batch = token_batch(chunk, codes, VOCABULARY, 1, 0.9)
+        assert len(batch.tokens) == len(chunk)
         for row, window in enumerate(chunk):
             prompt = VOCABULARY.prompt(codes[i] for i in window)
             assert batch.tokens[row, : len(prompt)].tolist() == prompt
@@ -116,7 +116,7 @@ def test_labels_are_asked_at_the_position_before_the_code_they_name() -> None:
 
 def test_a_longer_prefix_moves_every_question() -> None:
     wide = Vocabulary(SIZES, (10, 20, 30), 5, (1, 2, 3), 5, 40)
-    batch = next(token_batches([["a", "b"]], {"a": (0, 1, 2), "b": (2, 2, 3)}, wide, 1, 1, 0.9))
+    batch = token_batch([["a", "b"]], {"a": (0, 1, 2), "b": (2, 2, 3)}, wide, 1, 0.9)
     assert batch.tokens[0].tolist() == [1, 2, 3, 10, 21, 32, 5, 12, 22, 33, 5]
     assert batch.asked.tolist() == [[2, 3, 4, 6, 7, 8]]
     assert batch.labels[0].argmax(-1).tolist() == [10, 21, 32, 12, 22, 33]
