@@ -96,7 +96,7 @@ class ListDecoder:
         self.draft_cache = draft.new_cache(num_rows, positions) if draft else None
         filters = FilterTable(catalog, trie, num_rows)
         self.choices: NativeChoices | None = None
-        if isinstance(target.head, NativeLinear) and (draft is None or draft.native is not None):
+        if isinstance(target.head, NativeLinear):
             self.choices = NativeChoices(trie, target.head)
         self.rows = Rows(num_rows, trie, filters, max_history_items, max_steps + 1, target.hidden_size)
 
@@ -227,14 +227,17 @@ class ListDecoder:
         rows = self.rows
         position = rows.base[:count] + rows.pending_length[:count, 0]
         node, remaining, may = rows.node[:count], rows.draftable[:count], rows.may(slice(count))
-        if self.choices is not None and sampling is None and self.record is None and budget.width == 1:
+        chain = self.choices is not None and sampling is None and self.record is None and budget.width == 1
+        if self.choices is not None and chain and (self.draft is None or self.draft.native is not None):
             fresh = (rows.fresh_tokens[:count], rows.fresh_length[:count], rows.fresh_feature[:count])
             start = ChainRoot(node, position, remaining, *fresh)
             return grow_chain(self.choices, self.draft, may, self.draft_cache, start, budget.steps)
         root = Root(rows.fresh_feature[:count, 0], node, position, remaining, sampling)
         if budget.steps and self.draft and self.draft_cache:
             root = root._replace(feature=self._read_fresh(count, position))
-        return grow(self.draft, self.target, self.trie, may, self.draft_cache, root, *budget)
+        tree = grow(self.draft, self.target, self.trie, may, self.draft_cache, root, *budget)
+        # A chain that torch has drafted is verified by the kernel like one of its own.
+        return tree._replace(children=None) if chain else tree
 
     def _read_fresh(self, count: int, position: Tensor) -> Tensor:
         """Draft step 0: read the runs gained since the last draft, with the target's features; [B, d] at the last."""

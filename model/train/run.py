@@ -268,10 +268,25 @@ class Run:
         return train, validation
 
     def run_draft(self, folder: Path, name: str) -> dict[str, Any]:
-        return self._train_draft(folder, name, self.recipe.draft)
+        return self._taken_over(folder, f"{ABLATION}/{name}") or self._train_draft(folder, name, self.recipe.draft)
 
     def run_compared(self, folder: Path, name: str) -> dict[str, Any]:
-        return self._train_draft(folder, name, replace(self.recipe.draft, epochs=self.recipe.ablation.epochs))
+        config = replace(self.recipe.draft, epochs=self.recipe.ablation.epochs)
+        return self._taken_over(folder, name) or self._train_draft(folder, name, config)
+
+    def _taken_over(self, folder: Path, stage: str) -> dict[str, Any] | None:
+        """The report of a stage that has trained the same draft with the same budget, and its network put into
+        `folder`: what is served and what is compared need not be trained twice. None: there is no such stage."""
+        begun, done = (self.folder / stage / f"{name}.json" for name in ("recipe", "done"))
+        if self.recipe.ablation.epochs != self.recipe.draft.epochs or not done.exists():
+            return None
+        sections = sections_of("draft")
+        before, now = json.loads(begun.read_text()), self.recipe.as_dict()
+        if not same_recipe({s: before[s] for s in sections}, {s: now[s] for s in sections}):
+            return None
+        shutil.copytree(self.folder / stage / "network", folder / "network", dirs_exist_ok=True)
+        report: dict[str, Any] = json.loads(done.read_text())
+        return report
 
     def _train_draft(self, folder: Path, name: str, config: DraftConfig) -> dict[str, Any]:
         variant, target = VARIANTS[name], self.target
