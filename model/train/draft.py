@@ -9,6 +9,7 @@ Shapes: B lists, T tokens of prompt and list, U list tokens, D decisions, C larg
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,21 +148,24 @@ def draft_loss(
     labels = batch.log_probs
     for step, output in enumerate(unrolled_outputs(network, embedding, batch, config.steps)):
         asked = (batch.level >= 0) & (torch.arange(labels.shape[1]) >= step)
-        losses = cross_entropy(output[asked], head, columns[batch.level[asked]], labels[asked])
+        losses = cross_entropy(output[asked], head, columns, batch.level[asked], labels[asked])
         total = total + config.step_loss_decay**step * losses.mean()
         weight += config.step_loss_decay**step
     return total / weight
 
 
-def cross_entropy(output: Tensor, head: Tensor, column: Tensor, log_probs: Tensor) -> Tensor:
-    """[N] nats between `log_probs` [N, C], the target's over the codes of a level that starts at `column` [N] (-inf:
-    illegal), and what the outputs [N, d] say of them through `head` [S, d]."""
-    labels = log_probs.float()
-    legal = labels > float("-inf")
-    index = (column.unsqueeze(-1) + torch.arange(labels.shape[-1])).clamp(max=head.shape[0] - 1)
-    logits = (output @ head.t()).gather(-1, index).masked_fill(~legal, float("-inf"))
-    log_q = torch.log_softmax(logits, dim=-1)
-    return -(labels.exp() * torch.where(legal, log_q, 0.0)).sum(-1)
+def cross_entropy(output: Tensor, head: Tensor, columns: Tensor, level: Tensor, log_probs: Tensor) -> Tensor:
+    """[N] nats, level by level, between `log_probs` [N, C], the target's over the codes of each one's `level` [N]
+    (-inf: illegal), and what the outputs [N, d] say of them through the level's rows of `head` [S, d]."""
+    found = []
+    for index, (begin, end) in enumerate(pairwise([*columns.tolist(), len(head)])):
+        rows = (level == index).nonzero()[:, 0]
+        labels = log_probs[rows, : end - begin].float()
+        legal = labels > float("-inf")
+        logits = (output[rows] @ head[begin:end].t()).masked_fill(~legal, float("-inf"))
+        log_q = torch.log_softmax(logits, dim=-1)
+        found.append(-(labels.exp() * torch.where(legal, log_q, 0.0)).sum(-1))
+    return torch.cat(found)
 
 
 def train_draft(

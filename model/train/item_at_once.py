@@ -96,8 +96,8 @@ def item_loss(
         if not bool(there.any()):
             continue
         row, decision = rows.expand_as(wanted)[there], wanted[there]
-        column = columns[batch.level[row, decision]]
-        losses = cross_entropy(output[there], head, column, batch.log_probs[row, decision])
+        level, log_probs = batch.level[row, decision], batch.log_probs[row, decision]
+        losses = cross_entropy(output[there], head, columns, level, log_probs)
         total = total + config.step_loss_decay**step * losses.mean()
         weight += config.step_loss_decay**step
     return total / weight
