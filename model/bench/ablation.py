@@ -183,6 +183,21 @@ def line(record: Record) -> str:
     )
 
 
+def table(records: Sequence[Record]) -> str:
+    """The records of one temperature as Markdown."""
+    rows = [
+        "| | acceptance length | by slot | by step | ms/list [min-max] | speed-up | chain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        by_slot, by_step = (_row(r[f"acceptance_by_{what}"]).replace("/", " ") for what in ("slot", "step"))
+        rows.append(
+            f"| {r['draft']} | {r['acceptance_length']:.2f} | {by_slot} | {by_step} | {r['ms_per_list']:.2f} "
+            f"[{r['ms_min']:.2f}-{r['ms_max']:.2f}] | {r['speedup']:.2f}x | {r['budget_steps']} |"
+        )
+    return "\n".join(rows)
+
+
 def plot(records: Sequence[Record], name: str) -> str:
     """Acceptance by slot and by step of every draft, a row of panels per temperature, as SVG."""
     panels = []
@@ -220,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     records: list[Record] = []
     for temperature in options.temperature:
-        records += bench(setting, options.users, options.k, options.steps, options.repeats, temperature, _say)
+        found = bench(setting, options.users, options.k, options.steps, options.repeats, temperature, _say)
+        _say(f"\ntemperature {temperature:g}:\n\n{table(found)}\n")
+        records += found
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
     if options.plot:

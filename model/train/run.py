@@ -371,7 +371,13 @@ class Run:
             shutil.copytree(self.folder / name / "network", building / name)
         shutil.copy(self.folder / "tokenizer" / "catalog.jsonl", building / "catalog.jsonl")
         seconds = {s: json.loads((self.folder / s / "done.json").read_text())["seconds"] for s in STAGES}
-        full = {"name": self.recipe.name, "recipe": self.recipe.as_dict(), "stage_seconds": seconds} | report
+        kind = "amazon" if amazon.is_amazon(self.data) else "movielens"
+        full = {
+            "name": self.recipe.name,
+            "data": kind,
+            "recipe": self.recipe.as_dict(),
+            "stage_seconds": seconds,
+        } | report
         (building / "report.json").write_text(json.dumps(full, indent=1) + "\n")
         (building / "README.md").write_text(model_card(full))
         save_manifest(building, self.recipe.name, self.vocabulary, self.recipe.target.max_history_items)

@@ -48,7 +48,7 @@ def test_the_command_measures_every_draft_and_draws_what_was_accepted(
             assert record["acceptance_length"] == pytest.approx(1 + sum(record["survival"]), abs=0.01)
             assert len(record["acceptance_by_step"]) == (0 if record["draft"] == "none" else 5)
     printed = capsys.readouterr().out
-    assert all(printed.count(f"\n{name} ") == 2 for name in ("none", *DRAFTS))
+    assert all(printed.count(f"\n{name} ") == printed.count(f"\n| {name} |") == 2 for name in ("none", *DRAFTS))
     drawn = {text.text for text in ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")}
     assert {*DRAFTS, "debug, greedy", "debug, temperature 1"} <= drawn
     assert "none" not in drawn
