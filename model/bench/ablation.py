@@ -117,7 +117,6 @@ def mismatches(results: Mapping[str, ListResult], twins: Twins) -> dict[str, int
     return counts
 
 
-@torch.inference_mode()
 def bench(
     setting: Compared, users: int, k: int, steps: int, repeats: int, temperature: float, say: Callable[[str], None]
 ) -> list[Record]:

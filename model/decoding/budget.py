@@ -11,6 +11,8 @@ from itertools import accumulate
 from operator import mul
 from statistics import median
 
+import torch
+
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.request import ListRequest, RoundStats
 
@@ -115,6 +117,7 @@ def _price(seconds: float, budget: Budget, survival: Sequence[float]) -> float:
     return seconds / expected_decisions(budget, survival)
 
 
+@torch.inference_mode()
 def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> list[float]:
     decoder.budget = lambda rows: budget
     decoder.admit(batch)

@@ -117,6 +117,7 @@ class ListDecoder:
             raise InvalidRequest("/seed", f"must lie between 0 and {MAX_SEED}")
         self.rows.filters.check(request.filters)
 
+    @torch.inference_mode()  # rows that grew in a round are inference tensors: nothing else may write to them
     def cancel(self, request_id: str) -> bool:
         """Free the row of a request; whether there was one."""
         for index in self.rows.in_use:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from model.decoding.budget import measured_budget
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.plain import PlainTwin
@@ -258,3 +259,14 @@ def test_bf16_differs_from_its_own_twin_only_where_two_tokens_nearly_tie(tiny: T
         identical += same
         assert same or min(twin.margins) < 0.05
     assert identical >= 6
+
+
+def test_a_row_with_many_exclusions_can_be_cancelled_and_timed(tiny: Tiny) -> None:
+    """Room for them is made while a request is admitted, which is not where it is freed."""
+    many = ListRequest("r", tuple(tiny.codes[:5]), 3, exclude=tuple(tiny.codes[5:95]))
+    with_draft = decoder(tiny, tiny.draft())
+    with_draft.admit([many])
+    assert with_draft.cancel("r")
+    measured_budget(with_draft, [many], [0.5, 0.2], repeats=1)
+    with_draft.rows.check_integrity()
+    assert not with_draft.rows.in_use
