@@ -160,6 +160,8 @@ def bench(
             "ms_max": round(1e3 * max(times), 3),
             "speedup": round(plain / statistics.median(times), 3),
             "rounds": round(sum(r.rows for r in timed[name].rounds) / len(requests), 2),
+            "draft_ms": round(1e3 * sum(r.draft_seconds for r in timed[name].rounds) / len(requests), 3),
+            "verify_ms": round(1e3 * sum(r.verify_seconds for r in timed[name].rounds) / len(requests), 3),
             "budget_steps": decoders[name].budget(1).steps,
             "mismatches": sum(r["mismatches"] for r in right),
             "near_ties": sum(r["near_ties"] for r in right),
@@ -185,14 +187,14 @@ def line(record: Record) -> str:
 def table(records: Sequence[Record]) -> str:
     """The records of one temperature as Markdown."""
     rows = [
-        "| | acceptance length | by slot | by step | ms/list [min-max] | speed-up | chain |",
-        "|---|---|---|---|---|---|---|",
+        "| | acceptance length | by slot | by step | ms/list [min-max] | of it drafting | speed-up | chain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
         by_slot, by_step = (_row(r[f"acceptance_by_{what}"]).replace("/", " ") for what in ("slot", "step"))
         rows.append(
             f"| {r['draft']} | {r['acceptance_length']:.2f} | {by_slot} | {by_step} | {r['ms_per_list']:.2f} "
-            f"[{r['ms_min']:.2f}-{r['ms_max']:.2f}] | {r['speedup']:.2f}x | {r['budget_steps']} |"
+            f"[{r['ms_min']:.2f}-{r['ms_max']:.2f}] | {r['draft_ms']:.2f} | {r['speedup']:.2f}x | {r['budget_steps']} |"
         )
     return "\n".join(rows)
 

@@ -45,6 +45,7 @@ def test_the_command_measures_every_draft_and_draws_what_was_accepted(
         for record in of_it:
             assert record["mismatches"] == 0
             assert record["ms_min"] <= record["ms_per_list"] <= record["ms_max"]
+            assert record["draft_ms"] + record["verify_ms"] <= record["ms_max"]
             assert record["acceptance_length"] == pytest.approx(1 + sum(record["survival"]), abs=0.01)
             assert len(record["acceptance_by_step"]) == (0 if record["draft"] == "none" else 5)
     printed = capsys.readouterr().out
