@@ -4,6 +4,7 @@ Knows nothing of tensors: every value is a plain number, string or tuple, checke
 """
 
 import dataclasses
+import json
 import math
 import re
 import tomllib
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAY_BE_ZERO = ("max_users", "max_cases", "patience", "seed")
+MAY_BE_ZERO = ("max_users", "max_cases", "length_pool", "patience", "seed")
 
 
 class RecipeError(ValueError):
@@ -21,7 +22,9 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which logs, and who is held out. Users are held out whole: none of their items is trained on."""
+    """Which data, and who is held out. MovieLens users are held out whole: none of their items is trained on, and
+    `min_history`, `cases_per_user` and `seed` say how they are drawn and cut. Amazon's files bring their own split: of
+    its validation and test users so many are used."""
 
     folder: str = ".data/ml-100k"
     held_out_users: int = 100
@@ -59,6 +62,7 @@ class TargetConfig:
     item_dropout: float = 0.1
     soon_items: int = 10
     soon_decay: float = 0.9
+    length_pool: int = 0  # batches whose windows are sorted by length together (0: none are)
     epochs: int = 20
     batch_size: int = 16
     learning_rate: float = 1e-3
@@ -85,6 +89,7 @@ class FinetuneConfig:
     learning_rate: float = 5e-4
     weight_decay: float = 0.1
     warmup_fraction: float = 0.05
+    max_users: int = 0  # 0: all
     seed: int = 7
 
 
@@ -95,6 +100,7 @@ class ListsConfig:
     lists_per_user: int = 8
     list_items: int = 10
     batch_size: int = 32
+    max_users: int = 0  # 0: all
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,13 @@ class DraftConfig:
     weight_decay: float = 0.01
     warmup_fraction: float = 0.05
     seed: int = 7
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Budget of the drafts that are compared with each other; all else is the draft's."""
+
+    epochs: int = 2
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,7 @@ class Recipe:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lists: ListsConfig = field(default_factory=ListsConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def as_dict(self) -> dict[str, Any]:
@@ -147,6 +161,21 @@ def load_recipe(path: Path) -> Recipe:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as exc:
         raise RecipeError(f"{path}: {exc}") from exc
+    return _recipe(path, document)
+
+
+def recipe_of(path: Path, name: str) -> Recipe:
+    """The recipe a stage was begun with, from the JSON file it left. Raises RecipeError naming the offending field."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise RecipeError(f"{path}: {exc}") from exc
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: must be an object")
+    return _recipe(path, document | {"name": name})
+
+
+def _recipe(path: Path, document: dict[str, Any]) -> Recipe:
     sections = {f.name: f for f in dataclasses.fields(Recipe) if f.name != "name"}
     unknown = set(document) - set(sections) - {"name"}
     if unknown:

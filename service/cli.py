@@ -31,6 +31,7 @@ FORWARDED = {
     ("bench", "decode"): ("model.bench.decode", "speculative against plain decoding, without HTTP"),
     ("bench", "tune"): ("model.bench.tune", "which draft trees pay on this device"),
     ("bench", "trie"): ("model.bench.trie", "the item trie from 10^4 to 10^7 items against nested dictionaries"),
+    ("bench", "ablation"): ("model.bench.ablation", "PAD-Rec's draft and those it is compared with, on one target"),
     ("bench", "peers"): ("model.bench.peers.run", "other engines on the same target and requests"),
     ("bundle",): ("model.bundle", "verify a bundle and print what it says of itself"),
 }
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     for words, (_, text) in FORWARDED.items():
         if len(words) == 1:
             commands.add_parser(words[0], help=text, add_help=False)
-    measure = "measure: bench serve | decode | tune | trie | peers"
+    measure = "measure: bench serve | decode | tune | trie | ablation | peers"
     commands.add_parser("bench", help=measure, add_help=False).set_defaults(run=_bench)
     return parser
 
@@ -186,7 +187,7 @@ def _check(flags: Flags) -> int:
 
 def _bench(flags: Flags) -> int:
     del flags
-    return _say("say what to measure: padrec bench serve | decode | tune | trie | peers", REFUSED)
+    return _say("say what to measure: padrec bench serve | decode | tune | trie | ablation | peers", REFUSED)
 
 
 if __name__ == "__main__":

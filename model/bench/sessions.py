@@ -32,16 +32,15 @@ from model.decoding.profile import PROFILE_RANKS, measured_profile
 from model.decoding.request import ListRequest
 from model.decoding.topology import Budget
 from model.draft.draft import Draft
-from model.draft.position_aware import StepMode
 from model.item_trie import ItemTrie
 from model.semantic_id import Vocabulary
 from model.target import Target
-from model.train.draft import draft_batches, new_draft, train_draft
+from model.train.draft import DraftBatch, draft_batches, draft_loss, train_draft
 from model.train.fit import fit
 from model.train.lists import WrittenLists, write_lists
+from model.train.variants import SERVED, VARIANTS, new_draft
 
 Integers = npt.NDArray[np.int64]
-DRAFTS: dict[str, tuple[bool, StepMode]] = {"draft": (True, "gated"), "draft-plain": (False, "none")}
 LIST_ITEMS = 10
 MAX_HISTORY_ITEMS = 20
 NEXT = np.array([0.6, 0.3, 0.1])  # how likely a cluster's successors are, best first
@@ -267,9 +266,9 @@ def train_bundle(folder: Path, size: Size, device: str, say: Callable[[str], Non
     config = ListsConfig(list_items=LIST_ITEMS, batch_size=min(128, size.num_lists))
     lists = write_lists(target, trie, catalog, requests, config, MAX_HISTORY_ITEMS)
     say(f"lists: {len(lists.items)}, {time.perf_counter() - began:.0f} s so far")
-    for name, (item, step) in DRAFTS.items():
+    for name in SERVED:
         report["validation"][name], report[name] = _train_draft(
-            building / name, target, trie, catalog, model, lists, held_out, size, item=item, step=step
+            building / name, target, trie, catalog, model, lists, held_out, size
         )
         say(f"{name}: {json.dumps(report[name])}, {time.perf_counter() - began:.0f} s so far")
     report["training_seconds"] = round(time.perf_counter() - began, 1)
@@ -297,9 +296,6 @@ def _train_draft(
     lists: WrittenLists,
     held_out: Sequence[ListRequest],
     size: Size,
-    *,
-    item: bool,
-    step: StepMode,
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     """Train and save a draft; validation losses, and what of it is accepted on the held-out sessions."""
     config = DraftConfig(
@@ -309,12 +305,17 @@ def _train_draft(
         learning_rate=5e-4,
     )
     vocabulary = target.vocabulary
-    network = new_draft(config, vocabulary, target.hidden_size, target.num_layers, item=item, step=step)
+    variant = VARIANTS[folder.name]
+    network = new_draft(config, vocabulary, target.hidden_size, target.num_layers, variant)
     network = network.to(target.device)
     batches = draft_batches(lists, model, vocabulary, network.shape.feature_layers, config.batch_size)
     kept = max(1, len(batches) // 16)
     frozen = (target.embedding.float(), target.head.weight, target.head_columns)
-    result = train_draft(network, *frozen, batches[kept:], batches[:kept], config, None, folder.name)
+
+    def loss(batch: DraftBatch) -> torch.Tensor:
+        return draft_loss(network, *frozen, batch, config)
+
+    result = train_draft(network, loss, batches[kept:], batches[:kept], config, None, folder.name)
     network.save(folder)
     decoder = ListDecoder(
         target,

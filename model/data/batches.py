@@ -9,7 +9,7 @@ Shapes: B windows, I items a window, T tokens, L levels, V vocabulary, P items a
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,21 +51,48 @@ def training_windows(
     return windows
 
 
-def token_batches(
+def held_out_windows(users: Sequence[History], window_items: int) -> tuple[list[list[str]], list[int]]:
+    """The newest window of every user, and how many of its items are known: context, not questions. Users held out
+    whole are cut into windows from end to end."""
+    whole = training_windows([u for u in users if not u.known], window_items, 0.0, random.Random(0))
+    partly = [u for u in users if u.known]
+    windows = [list(u.item_ids[-window_items:]) for u in partly]
+    known = [max(0, u.known - max(0, len(u.item_ids) - window_items)) for u in partly]
+    return whole + windows, [0] * len(whole) + known
+
+
+def by_length(windows: list[list[str]], batch_size: int, pool: int, rng: random.Random) -> list[list[str]]:
+    """The windows in another order: `pool` batches at a time sorted by length, so that a batch has little padding,
+    and the batches shuffled."""
+    windows = [
+        window
+        for begin in range(0, len(windows), batch_size * pool)
+        for window in sorted(windows[begin : begin + batch_size * pool], key=len)
+    ]
+    batches = [windows[begin : begin + batch_size] for begin in range(0, len(windows), batch_size)]
+    last = batches.pop() if len(windows) % batch_size else []
+    rng.shuffle(batches)
+    return [window for batch in [*batches, last] for window in batch]
+
+
+def token_batch(
     windows: Sequence[Sequence[str]],
     codes: Mapping[str, Codes],
     vocabulary: Vocabulary,
-    batch_size: int,
     soon_items: int,
     soon_decay: float,
-) -> Iterator[TokenBatch]:
-    """Batches of windows. The prefix and separators are context, not questions: serving forces them."""
-    for begin in range(0, len(windows), batch_size):
-        chunk = [[codes[i] for i in window] for window in windows[begin : begin + batch_size]]
-        items = padded_items(chunk)
-        tokens = padded_tokens([vocabulary.prompt(window) for window in chunk])
-        asked = questions(torch.full((len(chunk),), len(vocabulary.prompt_prefix)), items.shape[1], vocabulary)
-        yield TokenBatch(tokens, soon_labels(items, vocabulary, soon_items, soon_decay).flatten(1, 2), asked)
+    known: Sequence[int] = (),
+) -> TokenBatch:
+    """A batch of windows. The prefix and separators are context, not questions: serving forces them. So are the first
+    `known` items of each window."""
+    chunk = [[codes[i] for i in window] for window in windows]
+    items = padded_items(chunk)
+    tokens = padded_tokens([vocabulary.prompt(window) for window in chunk])
+    asked = questions(torch.full((len(chunk),), len(vocabulary.prompt_prefix)), items.shape[1], vocabulary)
+    labels = soon_labels(items, vocabulary, soon_items, soon_decay)
+    for row, count in enumerate(known):
+        labels[row, :count] = 0.0
+    return TokenBatch(tokens, labels.flatten(1, 2), asked)
 
 
 def padded_items(windows: Sequence[Sequence[Codes]]) -> Tensor:

@@ -29,11 +29,13 @@ class Logs:
 
 @dataclass(frozen=True)
 class History:
-    """One user's items, oldest first, each item once (its first time), with the time of each."""
+    """One user's items, oldest first, each item once (its first time), with the time of each. The first `known` are
+    trained on; what is asked of a user that is validated or tested comes behind them (0: held out whole)."""
 
     user_id: str
     item_ids: tuple[str, ...]
     timestamps: tuple[int, ...]
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Split:
-    """Users held out whole for test, some for early stopping, the rest to train on."""
+    """Users to train on, some for early stopping, some for test. Whoever is not held out whole says what is known."""
 
     train: tuple[History, ...]
     validation: tuple[History, ...]
@@ -79,9 +81,13 @@ def split_users(all_histories: Iterable[History], config: DataConfig) -> Split:
 
 
 def cases(users: Iterable[History], config: DataConfig, future_items: int = 10) -> list[Case]:
-    """Up to `cases_per_user` evenly spaced cuts of each user; the last cut leaves exactly `future_items`."""
+    """Up to `cases_per_user` evenly spaced cuts of each user; the last cut leaves exactly `future_items`. A user of
+    whom a part is known is one case, cut there."""
     found = []
     for user in users:
+        if user.known:
+            found.append(Case(user.user_id, user.item_ids[: user.known], user.item_ids[user.known :]))
+            continue
         first, last = config.min_history, len(user.item_ids) - future_items
         count = min(config.cases_per_user, last - first + 1)
         cuts = {last - round(i * (last - first) / max(1, config.cases_per_user)) for i in range(count)}
@@ -91,6 +97,6 @@ def cases(users: Iterable[History], config: DataConfig, future_items: int = 10) 
 
 
 def last_cases(users: Iterable[History], config: DataConfig, future_items: int = 10) -> list[Case]:
-    """One case per user: everything but the last `future_items`."""
+    """One case per user: everything but the last `future_items`, or all that is known."""
     by_user = {case.user_id: case for case in cases(users, config, future_items)}
     return list(by_user.values())

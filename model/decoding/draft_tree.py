@@ -16,7 +16,7 @@ import torch
 
 from model.decoding.sampling import Sampling, noise, perturbed
 from model.draft.draft import Draft
-from model.item_trie import ANY_NODE, Availability, Children, ItemTrie, Run
+from model.item_trie import ANY_NODE, Availability, Children, ItemTrie
 from model.kv_cache import KVCache, Sight, Write
 from model.native.round import TreeTable
 from model.target import Target
@@ -53,6 +53,17 @@ class DraftTree(NamedTuple):
     sees: Tensor
     children: Children
     noise: Tensor | None = None
+
+
+class Unread(NamedTuple):
+    """Runs that a step drafted and the draft has not read: `tokens` [B, W, Q], `length`, `start` [B, W], the `feature`
+    [B, W, d] that chose each, and which `item` [B, W] of the round it belongs to, from 1."""
+
+    tokens: Tensor
+    length: Tensor
+    start: Tensor
+    feature: Tensor
+    item: Tensor
 
 
 class Packing(NamedTuple):
@@ -121,11 +132,13 @@ def grow(
     windows, grown = [], []
     order = torch.arange(places, device=device)
     present: list[Tensor] = []
+    unread: list[Unread] = []
     noises: list[Tensor] = []
     for step in range(steps):
         children = trie.children(node, may, path)
         windows.append(children)
-        logits = legal_logits(target, trie, feature, children)
+        assert draft is not None and cache is not None, "drafting needs a draft"
+        logits = guessed_logits(draft, target, trie, feature, node, children)
         if root.sampling:
             noises.append(noise(root.sampling, trie, node, children, path))
             logits = perturbed(logits, noises[-1], root.sampling)
@@ -145,15 +158,20 @@ def grow(
         own = sees[:, 1 + step * width : 1 + step * width + width]
         own |= sees.gather(1, above.unsqueeze(-1).expand(-1, -1, sees.shape[-1]))
         grown.append((run.tokens, length, leaf, run.node, above, choice, slot, start))
+        begun = (pick(path, parent) < trie.num_items).sum(-1)
         path = torch.cat([pick(path, parent), leaf.unsqueeze(-1)], dim=-1)
         remaining = torch.where(valid, remaining.gather(1, parent) - (leaf < trie.num_items).long(), 0)
         feature, node, position = pick(feature, parent), run.node, start + length
         present.append(order < length.unsqueeze(-1))
-        if step + 1 < steps:
-            assert draft is not None and cache is not None, "drafting needs a draft"
+        unread.append(Unread(run.tokens, length, start, draft.wanted(feature, slot), begun + 1))
+        ended = leaf < trie.num_items
+        # A draft that guesses whole items is asked again where one has ended.
+        if step + 1 < steps and not (draft.whole_items and not bool(ended.any())):
             seen = own[:, :, 1 : 1 + (step + 1) * width].unsqueeze(-1) & torch.cat(present, 1).unsqueeze(1)
             seen = seen.flatten(2)
-            feature = _draft_step(draft, cache, root.position, run, length, start, feature, seen, step, reach)
+            read = _draft_step(draft, cache, root.position, unread, seen, step, reach)
+            feature = torch.where(ended.unsqueeze(-1), read, feature) if draft.whole_items else read
+            unread = []
     windows.append(trie.children(node, may, path))
     if root.sampling:
         noises.append(noise(root.sampling, trie, node, windows[-1], path))
@@ -167,6 +185,15 @@ def grow(
         torch.cat(parts, dim=1) for parts in zip(*grown, strict=True)
     )
     return DraftTree(tokens, length, leaf, node, above, choice, slot, start, sees, children, drawn_with)
+
+
+def guessed_logits(
+    draft: Draft, target: Target, trie: ItemTrie, feature: Tensor, node: Tensor, children: Children
+) -> Tensor:
+    """The draft's logits [B, W, C] of the `children` of `node` [B, W], -inf where not legal, from its outputs."""
+    if draft.by_node is None:
+        return legal_logits(target, trie, draft.wanted(feature, trie.depth.take(node)), children)
+    return draft.by_node.take(children.nodes).masked_fill_(children.available <= 0, float("-inf"))
 
 
 def _best(logits: Tensor, score: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,27 +223,28 @@ def _draft_step(
     draft: Draft,
     cache: KVCache,
     committed: Tensor,
-    run: Run,
-    length: Tensor,
-    start: Tensor,
-    feature: Tensor,
+    unread: list[Unread],
     seen: Tensor,
     step: int,
     reach: int | None,
 ) -> Tensor:
-    """Output features [B, W, d] after the runs of one step. All tokens of a run share the feature that chose it; the
-    last one asks. `seen` [B, W, x] says which of the x guessed tokens so far (this step's included) each node sees."""
+    """The draft's outputs [B, W, ...] after the runs of step `step`, which is the last of those it has not read. All
+    tokens of a run share the feature that chose it; the last one asks. `seen` [B, W, x] says which of the x guessed
+    tokens so far (this step's included) each node sees."""
     static = reach is not None
-    _, width, places = run.tokens.shape
+    tokens, length, start, feature, item = (torch.cat(parts, dim=1) for parts in zip(*unread, strict=True))
+    _, nodes, places = tokens.shape
+    width, extra = nodes // len(unread), nodes * places
     order = torch.arange(places, device=length.device)
     positions = start.unsqueeze(-1) + order
-    extra = width * places
-    stored = committed[:, None] + torch.arange(step * extra, (step + 1) * extra, device=length.device)
+    first = (step + 1) * width * places - extra
+    stored = committed[:, None] + torch.arange(first, first + extra, device=length.device)
     features = feature.unsqueeze(2).expand(-1, -1, places, -1).flatten(1, 2)
     at = write_at(stored, static=static)
-    last = (length - 1).clamp(min=0) + torch.arange(0, extra, places, device=length.device)
-    sight = Sight(committed, seen, int(committed.max()) + (step + 1) * extra if reach is None else reach, static)
-    return draft.ask(run.tokens.flatten(1), features, positions.flatten(1), step + 1, cache, at, last, sight)
+    last = (length[:, -width:] - 1).clamp(min=0) + torch.arange(extra, device=length.device)[-width * places :: places]
+    sight = Sight(committed, seen, int(committed.max()) + first + extra if reach is None else reach, static)
+    depth = item.repeat_interleave(places, dim=1) if draft.whole_items else step + 1
+    return draft.ask(tokens.flatten(1), features, positions.flatten(1), depth, cache, at, last, sight)
 
 
 def pick(values: Tensor, places: Tensor) -> Tensor:

@@ -111,15 +111,17 @@ class ListDecoder:
 
     def _native(self) -> NativeRound | None:
         """The compiled round, where it can be had for both networks."""
-        target, draft = self.target, None
+        target, draft, by_node = self.target, None, None
         if target.native is None or not isinstance(target.head, NativeLinear):
             return None
         if self.draft is not None and self.draft_cache is not None:
-            if self.draft.native is None:
+            by_node = self.draft.by_node
+            if self.draft.native is not None:
+                network = (self.draft.native, self.draft_cache, self.draft.rotations)
+                draft = (*network, self.draft.terms, self.draft.packed_fuse, self.draft.feature_layers)
+            elif by_node is None:
                 return None
-            network = (self.draft.native, self.draft_cache, self.draft.rotations)
-            draft = (*network, self.draft.terms, self.draft.packed_fuse, self.draft.feature_layers)
-        return NativeRound(self.trie, target.head, target.native, (self.cache, target.rotations), draft)
+        return NativeRound(self.trie, target.head, target.native, (self.cache, target.rotations), draft, by_node)
 
     def validate(self, request: ListRequest) -> None:
         """Raises InvalidRequest for content this decoder cannot decode."""

@@ -20,6 +20,11 @@ class Decoded:
         row_rounds = sum(r.rows for r in self.rounds)
         return 1.0 + sum(r.accepted_tokens for r in self.rounds) / row_rounds if row_rounds else 0.0
 
+    def survival(self) -> list[float]:
+        """Probability that a draft step is drafted and accepted in a row's round, step by step."""
+        row_rounds = sum(r.rows for r in self.rounds)
+        return [accepted / row_rounds for accepted in self._sum("accepted_by_step")] if row_rounds else []
+
     def acceptance_by_step(self) -> list[float]:
         return _ratio(self._sum("accepted_by_step"), self._sum("drafted_by_step"))
 

@@ -24,6 +24,11 @@ Tensor = torch.Tensor
 class Draft:
     """The small network that guesses."""
 
+    # Set by the drafts it is compared with: whether one pass guesses a whole item, and logits [V] of the trie's nodes
+    # for a draft that looks at nothing else.
+    whole_items = False
+    by_node: Tensor | None = None
+
     def __init__(
         self, network: DraftNetwork, embedding: Tensor, vocabulary: Vocabulary, *, native: bool = True
     ) -> None:
@@ -35,8 +40,9 @@ class Draft:
         self.norm = UnitNorm(d, network.shape.epsilon, self.device)
         scales = [norm.detach() * self.norm.scale for norm in network.norms]
         slots = torch.tensor([vocabulary.slot(token) for token in range(vocabulary.size)], device=self.device)
-        own = network.positions.with_slot(embedding[: vocabulary.size].float(), slots)
-        of_token, of_feature = network.fuse.weight.split(d, dim=1)
+        own = network.positions.with_slot(network.tokens(embedding)[: vocabulary.size].float(), slots)
+        of_token = network.fuse.weight[:, :d]
+        of_feature = network.fuse.weight[:, d:] if network.features is not None else torch.zeros_like(of_token)
         weights = kernel.DraftWeights(
             token_part=own @ of_token.t() + network.fuse.bias,
             feature_part=of_feature,
@@ -51,7 +57,9 @@ class Draft:
             heads, floor = network.shape.num_heads, float(self.norm.floor)
             self.native = kernel.NativeDraft(weights, heads, network.head_size, floor)
             self.terms = [network.positions.term(step) for step in range(network.positions.num_steps)]
-            self.packed_fuse = kernel.pack(network.features.weight)
+            # A draft without features is handed the target's last layer, and does not look at it.
+            fuse = torch.eye(d) if network.features is None else network.features.weight
+            self.packed_fuse = kernel.pack(fuse)
         else:
             self.token_part, self.last_scale = weights.token_part, weights.last_scale
             self.feature_part, self.qkv = PackedLinear(of_feature), PackedLinear(weights.qkv)
@@ -71,8 +79,12 @@ class Draft:
 
     def fuse_features(self, features: tuple[Tensor, ...]) -> Tensor:
         """[..., d] from the target's layers [..., d] each."""
-        fused: Tensor = self.network.features(torch.cat(features, dim=-1).float())
-        return fused
+        return self.network.fused(torch.cat(features, dim=-1).float())
+
+    def wanted(self, outputs: Tensor, slots: Tensor) -> Tensor:
+        """The feature [B, W, d] that chooses at `slots` [B, W], out of what `ask` said [B, W, ...]."""
+        del slots
+        return outputs
 
     def read(self, tokens: Tensor, features: Tensor, positions: Tensor, step: int, cache: KVCache, at: Write) -> None:
         """Store keys and values of `tokens` [B, n], read with `features` [B, n, d] at draft step `step`."""
@@ -83,7 +95,7 @@ class Draft:
         tokens: Tensor,
         features: Tensor,
         positions: Tensor,
-        step: int,
+        step: int | Tensor,
         cache: KVCache,
         at: Write,
         asked: Tensor,
@@ -92,6 +104,7 @@ class Draft:
         """Read as `read` does; output features [B, W, d] of the tokens `asked` [B, W] (places among the n), each
         seeing what `sight` says of it (`own` [B, W, m], or None: what is committed alone)."""
         rows, new = tokens.shape
+        assert isinstance(step, int), "this draft reads all tokens of a pass at one step"
         if self.native is not None:
             places = kernel.Places.asked(at, positions, asked.shape, sight)
             flat = asked + new * torch.arange(rows)[:, None]

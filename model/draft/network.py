@@ -2,10 +2,11 @@
 
 EAGLE family: at the first step the features are the target's (low, middle and last layer, fused by a linear map, as
 EAGLE-3 does), at later steps the draft's own outputs. With one layer, keys and values depend on inputs only, so only
-the last token of a run asks a query. This module holds parameters and maths; `draft.py` runs it over a KV cache,
-`model.train.draft` trains it.
+the last token of a run asks a query. Two more of its kind are what it is compared with: an independent language model
+(token embeddings of its own and no features), and one that asks for all slots of an item at once. This module holds
+parameters and maths; `draft.py` and `item_at_once.py` run it over a KV cache, `model.train` trains it.
 
-Shapes: d hidden size, F = 3 d target features.
+Shapes: d hidden size, F = 3 d target features, L slots of an item that hold codes.
 """
 
 import dataclasses
@@ -27,7 +28,9 @@ ROPE_BASE = 10_000.0
 
 @dataclass(frozen=True)
 class DraftShape:
-    """What it takes to rebuild a draft network; saved beside its weights."""
+    """What it takes to rebuild a draft network; saved beside its weights. `own_tokens` is the size of a token embedding
+    of its own, for a draft that reads no features (0: the target's, and features), `slots_at_once` how many slots one
+    pass asks for (0: the next choice alone)."""
 
     hidden_size: int
     num_heads: int
@@ -38,6 +41,8 @@ class DraftShape:
     item: bool
     step: StepMode
     epsilon: float = 1e-6
+    own_tokens: int = 0
+    slots_at_once: int = 0
 
 
 class DraftNetwork(nn.Module):
@@ -47,8 +52,9 @@ class DraftNetwork(nn.Module):
         super().__init__()
         d, self.shape = shape.hidden_size, shape
         self.head_size = d // shape.num_heads
-        self.features = nn.Linear(d * len(shape.feature_layers), d, bias=False)
-        self.fuse = nn.Linear(2 * d, d)
+        self.embedding = nn.Embedding(shape.own_tokens, d) if shape.own_tokens else None
+        self.features = nn.Linear(d * len(shape.feature_layers), d, bias=False) if not shape.own_tokens else None
+        self.fuse = nn.Linear(d if shape.own_tokens else 2 * d, d)
         self.positions = PositionAware(d, shape.num_slots, shape.num_steps, item=shape.item, step=shape.step)
         self.query = nn.Linear(d, d, bias=False)
         self.key_value = nn.Linear(d, 2 * d, bias=False)
@@ -56,11 +62,32 @@ class DraftNetwork(nn.Module):
         self.gate_up = nn.Linear(d, 2 * shape.intermediate_size, bias=False)
         self.down = nn.Linear(shape.intermediate_size, d, bias=False)
         self.norms = nn.ParameterList([nn.Parameter(torch.ones(d)) for _ in range(3)])
+        self.wanted = nn.Embedding(shape.slots_at_once, d) if shape.slots_at_once else None
+        if self.wanted is not None:
+            nn.init.normal_(self.wanted.weight, std=0.02)
 
-    def inputs(self, embedded: Tensor, slots: Tensor, features: Tensor, step: int) -> Tensor:
+    def tokens(self, embedding: Tensor) -> Tensor:
+        """The token embedding the network reads: its own, or the target's `embedding`."""
+        return embedding if self.embedding is None else self.embedding.weight
+
+    def fused(self, features: Tensor) -> Tensor:
+        """[..., d] from the target's features [..., F]; what a draft without features gets it does not look at."""
+        if self.features is None:
+            return features[..., : self.shape.hidden_size]
+        fused: Tensor = self.features(features)
+        return fused
+
+    def inputs(self, embedded: Tensor, slots: Tensor, features: Tensor, step: int | Tensor) -> Tensor:
         """z' [..., d] from token embeddings [..., d], their slots [...] and features [..., d]."""
         embedded = self.positions.with_slot(embedded, slots)
-        return self.positions.with_step(self.fuse(torch.cat([embedded, features], dim=-1)), step)
+        read = embedded if self.features is None else torch.cat([embedded, features], dim=-1)
+        return self.positions.with_step(self.fuse(read), step)
+
+    def asking(self, z: Tensor, step: int | Tensor) -> Tensor:
+        """What asks for every slot of the item after an input z' [..., d]: [..., L, d], at draft step(s) [...]."""
+        assert self.wanted is not None, "only a network of `slots_at_once` asks for slots"
+        steps = step if isinstance(step, int) else step.unsqueeze(-1)
+        return self.positions.with_step(z.unsqueeze(-2) + self.wanted.weight, steps)
 
     def keys_values(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (not yet rotated) and values [..., heads, s]."""

@@ -50,11 +50,13 @@ class PositionAware(nn.Module):
         context, own = self.gate.weight.detach()[0].chunk(2)
         return StepTerm(embedding, context.contiguous(), float(embedding @ own + self.gate.bias.detach()))
 
-    def with_step(self, fused: Tensor, step: int) -> Tensor:
-        """z' from fused inputs [..., d]; steps past the last trained one use the last one's embedding."""
+    def with_step(self, fused: Tensor, step: int | Tensor) -> Tensor:
+        """z' from fused inputs [..., d], all of one draft step or each of its own [...]; steps past the last trained
+        one use the last one's embedding."""
         if self.step is None:
             return fused
-        embedding = self.step.weight[min(step, self.num_steps - 1)]
+        last = self.num_steps - 1
+        embedding = self.step.weight[min(step, last) if isinstance(step, int) else step.clamp(max=last)]
         if self.gate is None:
             out: Tensor = fused + embedding
             return out

@@ -41,14 +41,15 @@ struct Cache {
 
 /* What a round is to do. Node i of step j of a row that begins at slot s hangs on node `parent[s, j, i]` of the step
  * before and is its child of rank `rank[s, j, i]` (-1: there is none). Draft step j adds `step[j]` (see Reading); `fuse`
- * is the draft's map from the target's features, packed. Without `forced`, a token a round. */
+ * is the draft's map from the target's features, packed. A draft that is no network guesses by the logits `by_node` of the
+ * trie's nodes. Without `forced`, a token a round. */
 struct Plan {
     int64_t steps, width, forced, num_features;
     const int32_t *parent, *rank;
     const int64_t *feature_layers;
     const float *const *step;
     const float *const *context;
-    const float *gate, *fuse;
+    const float *gate, *fuse, *by_node;
 };
 
 /* What was done. Per row: `accepted` nodes, and of each decision (accepted + 1 of steps + 1) the run's `length`, the
@@ -126,9 +127,10 @@ void cut(Legal *legal, double top_p) {
 }
 
 /* The `ranks` best legal children of `node` for a row that has emitted the leaves of `path` besides what it may not emit:
- * by logit, or where the row draws by what it draws. Ties go to the lowest token. */
-void choose(const Trie *t, const State *s, int64_t row, int64_t node, const float *hidden, const int64_t *path,
-            int64_t emitted, int ranks, bool scored, Choice *chosen) {
+ * by the head's logits of `hidden` (or those `by_node`), or where the row draws by what it draws. Ties go to the lowest
+ * token. */
+void choose(const Trie *t, const State *s, int64_t row, int64_t node, const float *hidden, const float *by_node,
+            const int64_t *path, int64_t emitted, int ranks, bool scored, Choice *chosen) {
     static thread_local Legal legal;
     const int64_t first = t->first_child[node], last = t->first_child[node + 1], level = t->depth[node];
     chosen->found = 0, chosen->score = 0;
@@ -138,7 +140,7 @@ void choose(const Trie *t, const State *s, int64_t row, int64_t node, const floa
         legal.logits.resize(columns + 2 * PANEL + children);
     float *logits = legal.logits.data(), *own = logits + padded(columns, PANEL) + PANEL;
     /* Only the panels that hold a child's column; each sums as the whole head does. */
-    for (int64_t p = t->column[first] / PANEL; p <= t->column[last - 1] / PANEL; p++)
+    for (int64_t p = t->column[first] / PANEL; !by_node && p <= t->column[last - 1] / PANEL; p++)
         panel_rows<STORE, 1>(hidden, t->size, t->head + p * PANEL * t->size, t->size, logits + p * PANEL, 0, PANEL, 0);
     const int32_t *passing = s->filter_slot[row] ? s->passing + s->filter_slot[row] * t->nodes : nullptr;
     const int64_t *end = s->excluded + (row + 1) * s->width;
@@ -151,7 +153,7 @@ void choose(const Trie *t, const State *s, int64_t row, int64_t node, const floa
         for (; excluded < end && *excluded < high; excluded++) available--;
         for (int64_t i = 0; i < emitted; i++) available -= low <= path[i] && path[i] < high;
         if (available <= 0) continue;
-        const float logit = logits[t->column[c]];
+        const float logit = by_node ? by_node[c] : logits[t->column[c]];
         highest = logit > highest ? logit : highest;
         own[legal.child.size()] = logit;
         legal.child.push_back(c);
@@ -271,8 +273,8 @@ struct Round {
                 if (rank[k] >= ranks && (!j || parent[k] == parent[i])) ranks = rank[k] + 1;
             Choice best;
             const int64_t node = above ? g[above].run.end : s->node[b];
-            choose(t, s, b, node, feature + (b * groups + above) * draft->size, leaves.data(),
-                   path(g, above, leaves.data()), ranks, false, &best);
+            const float *own = draft ? feature + (b * groups + above) * draft->size : nullptr;
+            choose(t, s, b, node, own, p->by_node, leaves.data(), path(g, above, leaves.data()), ranks, false, &best);
             for (int64_t k = i; k < p->width; k++) {
                 if (rank[k] < 0 || (j && parent[k] != parent[i]) || rank[k] >= best.found) continue;
                 const Run run = run_of(t, best.child[rank[k]], true);
@@ -284,6 +286,11 @@ struct Round {
     }
 
     int grow(const Cache *cache) {
+        if (!draft) { /* nothing to read */
+            for (int64_t j = 0; j < p->steps; j++)
+                for (int64_t b = 0; b < s->rows; b++) guess(b, j, nullptr);
+            return 0;
+        }
         const int64_t d = draft->size;
         std::vector<float> feature(s->rows * groups * d);
         std::vector<int64_t> written(s->rows), to;
@@ -475,11 +482,12 @@ double now() {
 
 extern "C" {
 
-/* Advances every row with a pending run by one round; `draft` may be null where plan.steps is 0. Returns 1 when a number
+/* Advances every row with a pending run by one round; `draft` may be null where plan.steps is 0 or plan.by_node is not. Returns 1 when a number
  * points outside a table or a cache; rows may have been changed by then. */
 int padrec_round(const Trie *t, const Model *m, const Draft *draft, State *s, const Plan *p, const Cache *target_cache,
                  const Cache *draft_cache, Report *out, int threads) {
     Round round = {t, m, draft, s, p, out, threads, t->levels + 1, p->steps * p->width, 1 + p->steps * p->width, {}};
+    if (p->steps && !draft && !p->by_node) return 1;
     const int64_t groups = round.groups, slots = t->levels * p->steps * p->width;
     for (int64_t b = 0; b < s->rows; b++)
         if (s->node[b] < 0 || s->node[b] >= t->nodes - 1 || s->pending_length[b] > round.places || s->filter_slot[b] < 0)
@@ -503,8 +511,8 @@ int padrec_round(const Trie *t, const Model *m, const Draft *draft, State *s, co
         const Group *g = round.of(i / groups);
         std::vector<int64_t> leaves(groups);
         const int64_t at = i % groups, emitted = round.path(g, at, leaves.data());
-        choose(t, s, i / groups, g[at].run.end, hidden.data() + ends[i] * m->size, leaves.data(), emitted, 1, true,
-               &chosen[i]);
+        choose(t, s, i / groups, g[at].run.end, hidden.data() + ends[i] * m->size, nullptr, leaves.data(), emitted, 1,
+               true, &chosen[i]);
     }
 #pragma omp parallel for schedule(static) num_threads(threads) if (s->rows > 16 && !p->steps)
     for (int64_t b = 0; b < s->rows; b++)

@@ -102,6 +102,7 @@ class _Plan(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("steps", "width", "forced", "num_features")),
         *((name, _pointer) for name in ("parent", "rank", "feature_layers", "step", "context", "gate", "fuse")),
+        ("by_node", _pointer),
     ]
 
 
@@ -126,15 +127,18 @@ class NativeRound:
         target: NativeTarget,
         cache: tuple[KVCache, Tensor],
         draft: tuple[NativeDraft, KVCache, Tensor, Sequence[StepTerm | None], Tensor, Sequence[int]] | None,
+        by_node: Tensor | None = None,
     ) -> None:
         """`cache`: the target's rows and rotations; `draft`: the network, its rows and rotations, what its steps add,
-        and the packed map from the outputs of the target's layers named last to its features."""
+        and the packed map from the outputs of the target's layers named last to its features; or, of a draft that is
+        no network, its logits `by_node` [V]."""
         sizes = trie.vocabulary.codebook_sizes
         columns = torch.tensor([0, *sizes]).cumsum(0)
         tables = (trie.leaf_start, trie.first_child, trie.column, columns, trie.run_end, trie.item_tokens)
         read = (*tables, trie.code, trie.depth, head.packed)
         shape = (trie.num_items, trie.num_levels, trie.num_nodes, trie.first_leaf, head.columns)
         self._kept: list[object] = [trie, head, target, cache, draft, read]
+        self._by_node = by_node
         self._trie = _Trie(*shape, *(table.data_ptr() for table in read))
         self.levels, self._target, self._draft = trie.num_levels, target, draft
         self._cache = _rows_of(*cache)
@@ -187,7 +191,7 @@ class NativeRound:
         if key not in self._plans:
             _, steps, width = table.rank.shape
             last = len(self._gates) - 1
-            at = [min(step, last) for step in range(steps)]
+            at = [min(step, last) for step in range(steps)] if self._gates else []
             arrays = (
                 (_pointer * steps)(*(self._pointers[i] for i in at)),
                 (_pointer * steps)(*(self._contexts[i] for i in at)),
@@ -203,6 +207,7 @@ class NativeRound:
                 ctypes.addressof(self._layers),
                 *(ctypes.addressof(array) for array in arrays),
                 None if self._draft is None else self._draft[4].data_ptr(),
+                None if self._by_node is None else self._by_node.data_ptr(),
             )
             self._plans[key] = (plan, (table, arrays))
         return self._plans[key][0]

@@ -8,7 +8,8 @@ target's distributions over legal codes. Knows nothing of decoding.
 Shapes: B lists, T tokens of prompt and list, U list tokens, D decisions, C largest codebook, d hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from model.config import DraftConfig
-from model.draft.network import DraftNetwork, DraftShape
-from model.draft.position_aware import StepMode
+from model.draft.network import DraftNetwork
 from model.layer import rotate
 from model.semantic_id import Vocabulary
 from model.train.fit import FitResult, fit
@@ -31,7 +31,7 @@ class DraftBatch(NamedTuple):
     """`tokens`, `slots` [B, T]; `partner` [B, T] position whose feature a token is read with (-1: none); `run` [B, T]
     decision a token follows from (-1: prompt); `asked` [B, D] position a decision is predicted from; `level` [B, D]
     (-1: none); `log_probs` [B, D, C]; `first` start of the list in every row (prompts are padded on the left with
-    position -1); `positions` [B, T]; `features` [B, T, F]."""
+    position -1); `positions` [B, T]; `features` [B, T, F]; `item` [B, D] of the list that a decision belongs to."""
 
     tokens: Tensor
     slots: Tensor
@@ -43,28 +43,23 @@ class DraftBatch(NamedTuple):
     first: int
     positions: Tensor
     features: Tensor
-
-
-def new_draft(
-    config: DraftConfig, vocabulary: Vocabulary, hidden_size: int, num_layers: int, *, item: bool, step: StepMode
-) -> DraftNetwork:
-    """An untrained draft for a target of this size; its features come from a low, a middle and the last layer."""
-    torch.manual_seed(config.seed)
-    layers = (num_layers // 4, num_layers // 2, num_layers - 1)
-    shape = DraftShape(
-        hidden_size, config.num_heads, config.intermediate_size, vocabulary.num_slots, config.steps, layers, item, step
-    )
-    return DraftNetwork(shape)
+    item: Tensor
 
 
 def draft_batches(
     lists: WrittenLists, model: PreTrainedModel, vocabulary: Vocabulary, layers: Sequence[int], batch_size: int
 ) -> list[DraftBatch]:
-    """All lists as batches, the target's features computed once (kept in half precision)."""
-    batches = []
-    for begin in range(0, len(lists.items), batch_size):
-        chunk = WrittenLists(*(v[begin : begin + batch_size] for v in vars(lists).values()))
-        batches.append(_batch(chunk, model, vocabulary, layers))
+    """All lists as batches, the target's features computed once (kept in half precision). Lists with about as many
+    decisions share a batch: a third of the work would be padding."""
+    batches, count = [], (lists.level >= 0).sum(1)
+    for rows in count.argsort(stable=True).split(batch_size):
+        most = int(count[rows].max())
+        chosen = WrittenLists(
+            lists.history[rows],
+            lists.items[rows],
+            *(values[rows, :most] for values in (lists.level, lists.item, lists.log_probs)),
+        )
+        batches.append(_batch(chosen, model, vocabulary, layers))
     return batches
 
 
@@ -102,7 +97,9 @@ def _batch(lists: WrittenLists, model: PreTrainedModel, vocabulary: Vocabulary, 
     )
     features = torch.cat([output.hidden_states[layer + 1] for layer in layers], dim=-1).nan_to_num().half()
     assert decisions == asked.shape[1], (decisions, asked.shape)
-    batch = DraftBatch(tokens, slots, partner, run, asked, lists.level, lists.log_probs, first, positions, features)
+    batch = DraftBatch(
+        tokens, slots, partner, run, asked, lists.level, lists.log_probs, first, positions, features, lists.item
+    )
     tensors: dict[str, Any] = {n: v.to(device) for n, v in batch._asdict().items() if isinstance(v, Tensor)}
     return batch._replace(**tensors)
 
@@ -110,12 +107,10 @@ def _batch(lists: WrittenLists, model: PreTrainedModel, vocabulary: Vocabulary, 
 def unrolled_outputs(network: DraftNetwork, embedding: Tensor, batch: DraftBatch, steps: int) -> list[Tensor]:
     """Draft outputs [B, D, d] for every decision, at draft step 0, 1, ... steps-1. At step j the first j decisions of
     a list are not drafted that deep: their outputs mean nothing."""
-    embedded, first, device = embedding[batch.tokens], batch.first, embedding.device
+    embedded, first, device = network.tokens(embedding)[batch.tokens], batch.first, embedding.device
     positions = batch.positions.clamp(min=0)
     rotations = network.rotations(int(positions.max()) + 1)
-    fused = network.features(batch.features.float())
-    partner = torch.where(batch.partner.unsqueeze(-1) >= 0, _at(fused, batch.partner.clamp(min=0)), 0.0)
-    z = network.inputs(embedded, batch.slots, partner, 0)
+    z = committed_inputs(network, embedded, batch)
     stored = [_stored(network, z, rotations[positions])]
     decisions = torch.arange(batch.asked.shape[1], device=device)
     place = torch.arange(batch.tokens.shape[1], device=device)
@@ -141,41 +136,51 @@ def unrolled_outputs(network: DraftNetwork, embedding: Tensor, batch: DraftBatch
     return outputs
 
 
+def committed_inputs(network: DraftNetwork, embedded: Tensor, batch: DraftBatch) -> Tensor:
+    """z' [B, T, d] of all tokens as they are read once they are committed: with the target's features."""
+    fused = network.fused(batch.features.float())
+    partner = torch.where(batch.partner.unsqueeze(-1) >= 0, _at(fused, batch.partner.clamp(min=0)), 0.0)
+    return network.inputs(embedded, batch.slots, partner, 0)
+
+
 def draft_loss(
     network: DraftNetwork, embedding: Tensor, head: Tensor, columns: Tensor, batch: DraftBatch, config: DraftConfig
 ) -> Tensor:
     """Cross-entropy in nats of the draft against the target's legal distributions, step j weighted by decay^j."""
     total, weight, device = torch.zeros((), device=head.device), 0.0, head.device
-    labels = batch.log_probs.float()
-    legal = labels > float("-inf")
-    probabilities = labels.exp()
-    index = columns[batch.level.clamp(min=0)].unsqueeze(-1) + torch.arange(labels.shape[-1], device=device)
-    index = index.clamp(max=head.shape[0] - 1)
+    labels = batch.log_probs
     for step, output in enumerate(unrolled_outputs(network, embedding, batch, config.steps)):
-        logits = (output @ head.t()).gather(-1, index).masked_fill(~legal, float("-inf"))
-        log_q = torch.log_softmax(logits, dim=-1)
-        losses = -(probabilities * torch.where(legal, log_q, 0.0)).sum(-1)
         asked = (batch.level >= 0) & (torch.arange(labels.shape[1], device=device) >= step)
-        total = total + config.step_loss_decay**step * losses[asked].mean()
+        losses = cross_entropy(output[asked], head, columns, batch.level[asked], labels[asked])
+        total = total + config.step_loss_decay**step * losses.mean()
         weight += config.step_loss_decay**step
     return total / weight
 
 
+def cross_entropy(output: Tensor, head: Tensor, columns: Tensor, level: Tensor, log_probs: Tensor) -> Tensor:
+    """[N] nats, level by level, between `log_probs` [N, C], the target's over the codes of each one's `level` [N]
+    (-inf: illegal), and what the outputs [N, d] say of them through the level's rows of `head` [S, d]."""
+    found = []
+    for index, (begin, end) in enumerate(pairwise([*columns.tolist(), len(head)])):
+        rows = (level == index).nonzero()[:, 0]
+        labels = log_probs[rows, : end - begin].float()
+        legal = labels > float("-inf")
+        logits = (output[rows] @ head[begin:end].t()).masked_fill(~legal, float("-inf"))
+        log_q = torch.log_softmax(logits, dim=-1)
+        found.append(-(labels.exp() * torch.where(legal, log_q, 0.0)).sum(-1))
+    return torch.cat(found)
+
+
 def train_draft(
     network: DraftNetwork,
-    embedding: Tensor,
-    head: Tensor,
-    columns: Tensor,
+    loss: Callable[[DraftBatch], Tensor],
     batches: list[DraftBatch],
     validation: list[DraftBatch],
     config: DraftConfig,
     folder: Path | None,
     label: str,
 ) -> FitResult:
-    """Train in place; `head` [S, d] are the target's rows for item tokens, `columns` [L] where each level starts."""
-
-    def loss(batch: DraftBatch) -> Tensor:
-        return draft_loss(network, embedding, head, columns, batch, config)
+    """Train in place on the mean of `loss` over a batch."""
 
     def shuffled(epoch: int) -> list[DraftBatch]:
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))

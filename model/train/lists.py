@@ -51,13 +51,13 @@ class WrittenLists:
 def training_requests(
     users: Sequence[History], codes: dict[str, Codes], config: ListsConfig, max_history_items: int, seed: int
 ) -> list[ListRequest]:
-    """Requests at random points of the training users' histories."""
+    """Requests at random points of the users' histories, behind what is known of them."""
     rng = random.Random(seed)
     requests = []
     for user in users:
         for number in range(config.lists_per_user):
             items = shuffled_within_ties(user, rng)
-            cut = rng.randrange(1, len(items) + 1)
+            cut = rng.randrange(max(1, user.known), len(items) + 1)
             history = tuple(codes[i] for i in items[max(0, cut - max_history_items) : cut])
             requests.append(ListRequest(f"{user.user_id}/{number}", history, config.list_items))
     return requests

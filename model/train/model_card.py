@@ -2,10 +2,24 @@
 
 from typing import Any
 
+# Kind of data -> who was tested, and what the data are.
+ABOUT = {
+    "movielens": (
+        "users held out whole (`next`: the next item; `future`: the next ten)",
+        "a small public data set of film ratings from 1997-98, with its audience's tastes and gaps. Titles and ratings "
+        "are not part of this bundle.",
+    ),
+    "amazon": (
+        "users, what they bought before a point in time given (`next`: the next item; `future`: all that followed)",
+        "public reviews of beauty products, with their audience's tastes and gaps; only users and products with at "
+        "least five reviews. Reviews and product names are not part of this bundle.",
+    ),
+}
+
 
 def model_card(report: dict[str, Any]) -> str:
     """Markdown: what it is, how it was made, how good it is, what it must not be used for."""
-    shape = report["recipe"]["target"]
+    shape, (tested, data) = report["recipe"]["target"], ABOUT[report["data"]]
     rows = report["quality"]
     metrics = list(rows["target"])
     table = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
@@ -22,9 +36,9 @@ def model_card(report: dict[str, Any]) -> str:
             f"A {shape['architecture']} target of {shape['num_layers']} layers x {shape['hidden_size']}, trained from "
             "nothing on time-ordered histories, with a PAD-Rec draft and the same draft without PAD-Rec's embeddings.",
             "",
-            f"Quality on {report['cases']} cases of {len(report['held_out_users'])} users held out whole "
-            "(`next`: the next item; `future`: the next ten). `target` are its ten most likely next items by beam "
-            "search, `target-list` the lists it writes greedily, which are what is served:",
+            f"Quality on {report['cases']} cases of {len(report['held_out_users'])} {tested}. "
+            "`target` are its ten most likely next items by beam search, `target-list` the lists it writes greedily, "
+            "which are what is served:",
             "",
             *table,
             "",
@@ -32,8 +46,7 @@ def model_card(report: dict[str, Any]) -> str:
             "",
             *drafts,
             "",
-            "Meant for demonstration, tests and benchmarks: a small public data set of film ratings from 1997-98, with "
-            "its audience's tastes and gaps. Titles and ratings are not part of this bundle.",
+            f"Meant for demonstration, tests and benchmarks: {data}",
             "",
         ]
     )

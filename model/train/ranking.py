@@ -62,13 +62,13 @@ class Rankings:
 def sampled_histories(
     users: Sequence[History], codes: Mapping[str, Codes], per_user: int, max_items: int, dropout: float, seed: int
 ) -> list[list[Codes]]:
-    """Histories cut at random points, a few items left out."""
+    """Histories cut at random points behind what is known, a few items left out."""
     rng = random.Random(seed)
     found = []
     for user in users:
         for _ in range(per_user):
             items = shuffled_within_ties(user, rng)
-            cut = rng.randrange(1, len(items) + 1)
+            cut = rng.randrange(max(1, user.known), len(items) + 1)
             kept = [i for i in items[:cut] if rng.random() >= dropout] or items[:1]
             found.append([codes[i] for i in kept[-max_items:]])
     return found

@@ -2,15 +2,18 @@
 
 A stage whose folder holds `done.json` is not run again; a stage that was interrupted resumes. Stages talk through
 these folders only: tokenizer -> target -> rankings -> finetune -> lists -> draft, draft-plain -> evaluate -> bundle.
+`--ablation` trains the drafts that `padrec bench ablation` compares on the same lists, each in ablation/<draft>/.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from model.bundle import save_manifest
 from model.catalog import Catalog
-from model.config import Recipe, RecipeError, load_recipe
-from model.data.histories import Case, Split, cases, histories, last_cases, split_users
+from model.config import DraftConfig, Recipe, RecipeError, load_recipe
+from model.data import amazon
+from model.data.histories import Case, History, Split, cases, histories, last_cases, split_users
 from model.data.movielens import DataError, read_movielens
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
@@ -33,20 +37,20 @@ from model.decoding.request import ListRequest
 from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
-from model.draft.position_aware import StepMode
 from model.item_trie import ItemTrie
 from model.semantic_id import Codes, Vocabulary
 from model.target import Target
 from model.tokenizer.build import build_catalog
 from model.train.baselines import baselines
-from model.train.draft import draft_batches, new_draft, train_draft
+from model.train.draft import DraftBatch, draft_batches, draft_loss, train_draft
 from model.train.evaluate import quality
+from model.train.item_at_once import item_loss
 from model.train.lists import WrittenLists, training_requests, write_lists
 from model.train.model_card import model_card
 from model.train.ranking import finetune, most_likely_items, sampled_histories, write_rankings
 from model.train.target import train_target
+from model.train.variants import SERVED, VARIANTS, feature_layers, new_draft
 
-DRAFTS: dict[str, tuple[bool, StepMode]] = {"draft": (True, "gated"), "draft-plain": (False, "none")}
 console = Console(stderr=True)
 
 # Stage -> the recipe sections it adds to those of the stages before it.
@@ -62,13 +66,33 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 
 
+ABLATION = "ablation"
+_SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Recipe) if f.name != "name"}
 GATES = ("require_beats_baselines", "min_acceptance_length")
 
 
 def sections_of(stage: str) -> list[str]:
     """Every recipe section that bears on a stage's result."""
+    if stage.startswith(f"{ABLATION}/"):
+        return [*sections_of("draft"), "ablation"]
     names = list(STAGES)
     return [section for name in names[: names.index(stage) + 1] for section in STAGES[name]]
+
+
+def same_recipe(begun: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a stage that was begun with some values would be the same with those of now. A field that came later had
+    its default's effect; where the data lies has none."""
+    before = {
+        section: dataclasses.asdict(_SECTIONS[section]()) | values
+        for section, values in begun.items()
+        if section in _SECTIONS
+    }
+    before, after = (json.loads(json.dumps(sections)) for sections in (before, now))
+    for sections in (before, after):
+        sections.get("data", {}).pop("folder", None)
+        for gate in GATES:
+            sections.get("evaluate", {}).pop(gate, None)
+    return bool(before == after)
 
 
 class GateError(Exception):
@@ -79,24 +103,24 @@ class Run:
     """One training run and its folder."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
+        self.recipe, self.folder, self.data = recipe, folder, Path(recipe.data.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.logs = read_movielens(Path(recipe.data.folder))
-        self.split: Split = split_users(histories(self.logs), recipe.data)
+        self.split = self._read_split()
 
     def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Run a stage unless it is done; returns what it reported. Raises RecipeError when it was done with other
         values than the recipe has now: its results would be passed off as this recipe's."""
         folder = self.folder / name
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True, parents=True)
         begun, done = folder / "recipe.json", folder / "done.json"
         sections = {s: self.recipe.as_dict()[s] for s in sections_of(name)}
         for gate in GATES:  # they judge a result, they do not change it
             sections.get("evaluate", {}).pop(gate, None)
         used = json.loads(json.dumps(sections))
-        if begun.exists() and json.loads(begun.read_text()) != used:
+        if begun.exists() and not same_recipe(json.loads(begun.read_text()), used):
             raise RecipeError(f"stage {name!r} was begun with another recipe; remove {folder} and what came after it")
-        begun.write_text(json.dumps(used, indent=1))
+        if not begun.exists():
+            begun.write_text(json.dumps(used, indent=1))
         if not done.exists():
             console.print(f"[bold]{name}")
             started = time.monotonic()
@@ -108,16 +132,46 @@ class Run:
 
     def all_stages(self, bundle: Path) -> None:
         """Everything, in order. Raises GateError when the result should not be served."""
+        self.target_stages()
+        for name in SERVED:
+            self.stage(name, lambda folder, name=name: self.run_draft(folder, name))  # type: ignore[misc]
+        report = self.stage("evaluate", self.run_evaluate)
+        check_gates(self.recipe, report)
+        self.write_bundle(bundle, report)
+
+    def target_stages(self) -> None:
+        """All that comes before the drafts."""
         self.stage("tokenizer", self.run_tokenizer)
         self.stage("target", self.run_target)
         self.stage("rankings", self.run_rankings)
         self.stage("finetune", self.run_finetune)
         self.stage("lists", self.run_lists)
-        for name in DRAFTS:
-            self.stage(name, lambda folder, name=name: self.run_draft(folder, name))  # type: ignore[misc]
-        report = self.stage("evaluate", self.run_evaluate)
-        check_gates(self.recipe, report)
-        self.write_bundle(bundle, report)
+
+    def ablation(self) -> None:
+        """Everything up to the lists, then every draft that is compared."""
+        self.target_stages()
+        for name in VARIANTS:
+            self.stage(f"{ABLATION}/{name}", lambda folder, name=name: self.run_compared(folder, name))  # type: ignore[misc]
+
+    # ---- the data ---------------------------------------------------------------------------------------------
+
+    def _read_split(self) -> Split:
+        if amazon.is_amazon(self.data):
+            return amazon.read_split(self.data, self.recipe.data)
+        return split_users(histories(read_movielens(self.data)), self.recipe.data)
+
+    @property
+    def cases(self) -> list[Case]:
+        """What the quality of the target is measured on: `evaluate.max_cases` cases of the test users."""
+        return self._some(cases(self.split.test, self.recipe.data))
+
+    @property
+    def last_cases(self) -> list[Case]:
+        """One case per test user: what drafts are measured on."""
+        return self._some(last_cases(self.split.test, self.recipe.data))
+
+    def _some(self, found: list[Case]) -> list[Case]:
+        return found[: self.recipe.evaluate.max_cases or None]
 
     # ---- what the stages left behind --------------------------------------------------------------------------
 
@@ -156,7 +210,10 @@ class Run:
     # ---- stages -----------------------------------------------------------------------------------------------
 
     def run_tokenizer(self, folder: Path) -> dict[str, Any]:
-        catalog = build_catalog(self.logs, self.split.train, self.recipe.tokenizer)
+        if amazon.is_amazon(self.data):
+            catalog = amazon.read_catalog(self.data, self.split)
+        else:
+            catalog = build_catalog(read_movielens(self.data), self.split.train, self.recipe.tokenizer)
         catalog.save(folder / "catalog.jsonl")
         return {"items": len(catalog.items), "codebook_sizes": list(catalog.codebook_sizes)}
 
@@ -170,7 +227,7 @@ class Run:
         counts = {}
         for name, users in (("train", self.split.train), ("validation", self.split.validation)):
             histories = sampled_histories(
-                users,
+                some_users(users, config.max_users),
                 self.codes,
                 config.lists_per_user,
                 self.recipe.target.max_history_items,
@@ -195,7 +252,8 @@ class Run:
         recipe = self.recipe
         counts = {}
         for name, users in (("train", self.split.train), ("validation", self.split.validation)):
-            requests = training_requests(users, self.codes, recipe.lists, recipe.target.max_history_items, 7)
+            chosen = some_users(users, recipe.lists.max_users)
+            requests = training_requests(chosen, self.codes, recipe.lists, recipe.target.max_history_items, 7)
             limit = recipe.target.max_history_items
             with ticking(f"lists {name}", len(requests)) as tick:
                 lists = write_lists(self.target, self.trie, self.catalog, requests, recipe.lists, limit, tick)
@@ -203,41 +261,52 @@ class Run:
             counts[name] = len(lists.items)
         return counts
 
+    @cached_property
+    def draft_data(self) -> tuple[list[DraftBatch], list[DraftBatch]]:
+        """What drafts are trained and validated on: the target's lists and features."""
+        layers, size = feature_layers(self.target.num_layers), self.recipe.draft.batch_size
+        lists = (WrittenLists.load(self.folder / "lists" / f"{part}.safetensors") for part in ("train", "validation"))
+        train, validation = (draft_batches(part, self.model, self.vocabulary, layers, size) for part in lists)
+        return train, validation
+
     def run_draft(self, folder: Path, name: str) -> dict[str, Any]:
-        config = self.recipe.draft
-        item, step = DRAFTS[name]
-        network = new_draft(
-            config, self.vocabulary, self.target.hidden_size, self.target.num_layers, item=item, step=step
-        )
-        layers = network.shape.feature_layers
-        batches, validation = (
-            draft_batches(
-                WrittenLists.load(self.folder / "lists" / f"{part}.safetensors"),
-                self.model,
-                self.vocabulary,
-                layers,
-                config.batch_size,
-            )
-            for part in ("train", "validation")
-        )
-        result = train_draft(
-            network,
-            self.target.embedding,
-            self.target.head.weight,
-            self.target.head_columns,
-            batches,
-            validation,
-            config,
-            folder,
-            name,
-        )
+        return self._taken_over(folder, f"{ABLATION}/{name}") or self._train_draft(folder, name, self.recipe.draft)
+
+    def run_compared(self, folder: Path, name: str) -> dict[str, Any]:
+        config = replace(self.recipe.draft, epochs=self.recipe.ablation.epochs)
+        return self._taken_over(folder, name) or self._train_draft(folder, name, config)
+
+    def _taken_over(self, folder: Path, stage: str) -> dict[str, Any] | None:
+        """The report of a stage that has trained the same draft with the same budget, and its network put into
+        `folder`: what is served and what is compared need not be trained twice. None: there is no such stage."""
+        begun, done = (self.folder / stage / f"{name}.json" for name in ("recipe", "done"))
+        if self.recipe.ablation.epochs != self.recipe.draft.epochs or not done.exists():
+            return None
+        sections = sections_of("draft")
+        before, now = json.loads(begun.read_text()), self.recipe.as_dict()
+        if not same_recipe({s: before[s] for s in sections}, {s: now[s] for s in sections}):
+            return None
+        shutil.copytree(self.folder / stage / "network", folder / "network", dirs_exist_ok=True)
+        report: dict[str, Any] = json.loads(done.read_text())
+        return report
+
+    def _train_draft(self, folder: Path, name: str, config: DraftConfig) -> dict[str, Any]:
+        variant, target = VARIANTS[name], self.target
+        network = new_draft(config, self.vocabulary, target.hidden_size, target.num_layers, variant)
+        of_batch = item_loss if variant.whole_items else draft_loss
+        unrolled = config if variant.unrolled else replace(config, steps=1)
+
+        def loss(batch: DraftBatch) -> torch.Tensor:
+            return of_batch(network, target.embedding, target.head.weight, target.head_columns, batch, unrolled)
+
+        train, validation = self.draft_data
+        result = train_draft(network, loss, train, validation, config, folder, name)
         network.save(folder / "network")
         return {"validation": result.validation, "best_epoch": result.best_epoch}
 
     def run_evaluate(self, folder: Path) -> dict[str, Any]:
         recipe, k = self.recipe, self.recipe.evaluate.list_items
-        asked = cases(self.split.test, recipe.data)
-        asked = asked[: recipe.evaluate.max_cases] if recipe.evaluate.max_cases else asked
+        asked = self.cases
         item_of = {codes: item for item, codes in self.codes.items()}
         decoded = self._decode("draft", asked, batch=32, steps=0)
         lists = [[item_of[i.codes] for i in decoded.results[str(n)].items] for n in range(len(asked))]
@@ -253,10 +322,8 @@ class Run:
             "quality": rows,
             "held_out_users": [user.user_id for user in self.split.test],
         }
-        single = last_cases(self.split.test, recipe.data)
-        single = single[: recipe.evaluate.max_cases] if recipe.evaluate.max_cases else single
-        for name in DRAFTS:
-            measured = self._decode(name, single, batch=1, steps=recipe.draft.steps)
+        for name in SERVED:
+            measured = self._decode(name, self.last_cases, batch=1, steps=recipe.draft.steps)
             report[name] = {
                 "acceptance_length": round(measured.acceptance_length, 3),
                 "profile": self._profile(name).as_dict(),
@@ -311,17 +378,30 @@ class Run:
         shutil.rmtree(building, ignore_errors=True)
         shutil.copytree(self.folder / "finetune" / "checkpoint", building / "target")
         (building / "target" / "generation_config.json").unlink(missing_ok=True)
-        for name in DRAFTS:
+        for name in SERVED:
             shutil.copytree(self.folder / name / "network", building / name)
         shutil.copy(self.folder / "tokenizer" / "catalog.jsonl", building / "catalog.jsonl")
         seconds = {s: json.loads((self.folder / s / "done.json").read_text())["seconds"] for s in STAGES}
-        full = {"name": self.recipe.name, "recipe": self.recipe.as_dict(), "stage_seconds": seconds} | report
+        kind = "amazon" if amazon.is_amazon(self.data) else "movielens"
+        full = {
+            "name": self.recipe.name,
+            "data": kind,
+            "recipe": self.recipe.as_dict(),
+            "stage_seconds": seconds,
+        } | report
         (building / "report.json").write_text(json.dumps(full, indent=1) + "\n")
         (building / "README.md").write_text(model_card(full))
         save_manifest(building, self.recipe.name, self.vocabulary, self.recipe.target.max_history_items)
         shutil.rmtree(bundle, ignore_errors=True)
         building.rename(bundle)
         console.print(f"[bold]bundle[/] written to {bundle}")
+
+
+def some_users(users: Sequence[History], limit: int) -> Sequence[History]:
+    """At most `limit` of the users (0: all), spread over them."""
+    if not limit or len(users) <= limit:
+        return users
+    return [users[n * len(users) // limit] for n in range(limit)]
 
 
 @contextmanager
@@ -353,14 +433,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where stages keep their results")
     parser.add_argument("--bundles", type=Path, default=Path("model/bundles"), help="where the bundle is written")
+    parser.add_argument("--data", type=Path, default=None, help="where the data lies (default: what the recipe says)")
+    parser.add_argument("--ablation", action="store_true", help="train the drafts that are compared, and no bundle")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
         recipe = load_recipe(options.recipe)
-        options.bundles.mkdir(parents=True, exist_ok=True)
-        Run(recipe, options.runs / recipe.name).all_stages(options.bundles / recipe.name)
+        if options.data:
+            recipe = replace(recipe, data=replace(recipe.data, folder=str(options.data)))
+        run = Run(recipe, options.runs / recipe.name)
+        if options.ablation:
+            run.ablation()
+        else:
+            options.bundles.mkdir(parents=True, exist_ok=True)
+            run.all_stages(options.bundles / recipe.name)
     except (RecipeError, DataError, ValueError) as exc:
         print(f"padrec train: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 2

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from model.config import TargetConfig
-from model.data.batches import TokenBatch, token_batches, training_windows
+from model.data.batches import TokenBatch, by_length, held_out_windows, token_batch, training_windows
 from model.data.histories import Split
 from model.semantic_id import Codes, Vocabulary
 from model.train.fit import FitResult, fit
@@ -48,23 +48,34 @@ def train_target(
     """Train on the training users, stop early on the validation users; the best weights are returned in eval mode."""
     model = new_target(config, vocabulary)
 
-    def as_batches(windows: Sequence[Sequence[str]]) -> list[TokenBatch]:
-        return list(token_batches(windows, codes, vocabulary, config.batch_size, config.soon_items, config.soon_decay))
+    size = config.batch_size
 
-    def batches(epoch: int) -> list[TokenBatch]:
+    # Labels are dense: batches are made when they are used.
+    def batch(windows: Sequence[Sequence[str]], known: Sequence[int] = ()) -> TokenBatch:
+        return token_batch(windows, codes, vocabulary, config.soon_items, config.soon_decay, known)
+
+    def chunks(epoch: int) -> list[list[list[str]]]:
         rng = random.Random(config.seed * 1000 + epoch)
-        return as_batches(training_windows(split.train, config.window_items, config.item_dropout, rng))
+        windows = training_windows(split.train, config.window_items, config.item_dropout, rng)
+        if config.length_pool:
+            windows = by_length(windows, size, config.length_pool, rng)
+        return [windows[begin : begin + size] for begin in range(0, len(windows), size)]
 
-    validation = as_batches(training_windows(split.validation, config.window_items, 0.0, random.Random(0)))
+    asked, known = held_out_windows(split.validation, config.window_items)
 
     def validate() -> float:
-        counts = [float(b.labels.sum()) for b in validation]
-        return sum(token_loss(model, b).item() * n for b, n in zip(validation, counts, strict=True)) / sum(counts)
+        total = count = 0.0
+        for begin in range(0, len(asked), size):
+            held_out = batch(asked[begin : begin + size], known[begin : begin + size])
+            questions = float(held_out.labels.sum())
+            total += token_loss(model, held_out).item() * questions
+            count += questions
+        return total / count
 
     result = fit(
         model,
-        batches,
-        lambda b: token_loss(model, b),
+        chunks,
+        lambda windows: token_loss(model, batch(windows)),
         validate,
         config,
         folder,

@@ -148,6 +148,6 @@ def test_training_learns_something_and_the_bundle_says_what(bundle: Bundle) -> N
     report = bundle.info.report
     before, after = report["validation"]["target"]
     assert after < before
-    assert {"acceptance_length", "survival"} <= report["draft"].keys() & report["draft-plain"].keys()
+    assert {"acceptance_length", "profile"} <= report["draft"].keys() & report["draft-plain"].keys()
     assert bundle.info.max_history_items == MAX_HISTORY_ITEMS
     assert isinstance(bundle.target, Target)

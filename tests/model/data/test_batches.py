@@ -4,7 +4,14 @@ from collections import Counter
 import pytest
 import torch
 
-from model.data.batches import shuffled_within_ties, soon_labels, token_batches, training_windows
+from model.data.batches import (
+    by_length,
+    held_out_windows,
+    shuffled_within_ties,
+    soon_labels,
+    token_batch,
+    training_windows,
+)
 from model.data.histories import History
 from model.semantic_id import Codes, Vocabulary
 
@@ -101,9 +108,9 @@ def test_labels_are_asked_at_the_position_before_the_code_they_name() -> None:
     rng = random.Random(0)
     codes = {str(i): tuple(rng.randrange(n) for n in SIZES) for i in range(20)}
     windows = [[str(i) for i in range(5)], ["7", "8"], ["9", "10", "11"]]
-    batches = list(token_batches(windows, codes, VOCABULARY, 2, 1, 0.9))
-    assert [len(b.tokens) for b in batches] == [2, 1]
-    for batch, chunk in zip(batches, (windows[:2], windows[2:]), strict=True):
+    for chunk in (windows[:2], windows[2:]):
+        batch = token_batch(chunk, codes, VOCABULARY, 1, 0.9)
+        assert len(batch.tokens) == len(chunk)
         for row, window in enumerate(chunk):
             prompt = VOCABULARY.prompt(codes[i] for i in window)
             assert batch.tokens[row, : len(prompt)].tolist() == prompt
@@ -116,7 +123,35 @@ def test_labels_are_asked_at_the_position_before_the_code_they_name() -> None:
 
 def test_a_longer_prefix_moves_every_question() -> None:
     wide = Vocabulary(SIZES, (10, 20, 30), 5, (1, 2, 3), 5, 40)
-    batch = next(token_batches([["a", "b"]], {"a": (0, 1, 2), "b": (2, 2, 3)}, wide, 1, 1, 0.9))
+    batch = token_batch([["a", "b"]], {"a": (0, 1, 2), "b": (2, 2, 3)}, wide, 1, 0.9)
     assert batch.tokens[0].tolist() == [1, 2, 3, 10, 21, 32, 5, 12, 22, 33, 5]
     assert batch.asked.tolist() == [[2, 3, 4, 6, 7, 8]]
     assert batch.labels[0].argmax(-1).tolist() == [10, 21, 32, 12, 22, 33]
+
+
+def test_windows_sorted_by_length_are_the_same_windows_with_less_padding() -> None:
+    rng = random.Random(1)
+    windows = [[f"{n}-{i}" for i in range(rng.randrange(2, 30))] for n in range(203)]
+    found = by_length(windows, 8, 10, random.Random(0))
+    assert sorted(found) == sorted(windows)
+    assert found != by_length(windows, 8, 10, random.Random(1))
+
+    def padding(some: list[list[str]]) -> int:
+        chunks = [some[begin : begin + 8] for begin in range(0, len(some), 8)]
+        return sum(len(c) * max(map(len, c)) - sum(map(len, c)) for c in chunks)
+
+    assert padding(found) < padding(windows) / 4
+
+
+def test_only_what_is_not_known_of_a_user_is_asked() -> None:
+    partly = History("p", tuple("abcdefgh"), tuple(range(8)), 6)
+    whole = history(3, "w")
+    windows, known = held_out_windows([partly, whole], 4)
+    assert dict(zip(map("".join, windows), known, strict=True))["efgh"] == 2
+    assert sum(known) == 2
+    assert held_out_windows([partly], 20) == ([list("abcdefgh")], [6])
+    codes = dict.fromkeys("abcdefgh", (0, 1, 2))
+    batch = token_batch([list("efgh"), list("ab")], codes, VOCABULARY, 1, 0.9, [2, 0])
+    asked = batch.labels.sum(-1).view(2, 4, 3)
+    assert asked[0].tolist() == [[0] * 3, [0] * 3, [1] * 3, [1] * 3]
+    assert asked[1, :2].tolist() == [[1] * 3, [1] * 3]

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,13 @@ def test_requests_are_pieces_of_the_users_histories(tiny: Tiny) -> None:
     assert len({len(r.history) for r in requests}) > 2
     assert requests == training_requests(users(tiny), codes, CONFIG, 6, 1)
     assert requests != training_requests(users(tiny), codes, CONFIG, 6, 2)
+
+
+def test_requests_end_behind_what_is_known_of_a_user(tiny: Tiny) -> None:
+    codes = {item.item_id: item.codes for item in tiny.catalog.items}
+    partly = [replace(user, known=7) for user in users(tiny)]
+    for request in training_requests(partly, codes, CONFIG, 9, 1):
+        assert 7 <= len(request.history) <= 9
 
 
 def test_the_lists_are_those_of_the_slow_twin(tiny: Tiny, written: WrittenLists) -> None:

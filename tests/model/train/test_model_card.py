@@ -7,6 +7,7 @@ def report() -> dict[str, Any]:
     draft = {"acceptance_by_step": [0.71, 0.5], "acceptance_by_slot": [0.3, 0.9]}
     return {
         "name": "films",
+        "data": "movielens",
         "recipe": {"target": {"architecture": "qwen3", "num_layers": 5, "hidden_size": 48}},
         "cases": 123,
         "held_out_users": ["7", "8", "9"],
@@ -29,6 +30,14 @@ def test_the_card_reports_both_drafts() -> None:
     card = model_card(report())
     assert "- `draft`: acceptance length 2.345, accepted by step [0.71, 0.5], by slot [0.3, 0.9]" in card
     assert "- `draft-plain`: acceptance length 1.987" in card
+
+
+def test_the_card_speaks_of_the_data_that_were_used() -> None:
+    films, bought = model_card(report()), model_card(report() | {"data": "amazon"})
+    assert "held out whole" in films
+    assert "film ratings" in films
+    assert "held out whole" not in bought
+    assert "beauty products" in bought
 
 
 def test_the_card_names_no_user() -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from model.bundle import load_bundle
 from model.config import EvaluateConfig, Recipe, RecipeError, load_recipe
-from model.data.histories import cases, histories
+from model.data.histories import History, cases, histories
 from model.data.movielens import read_movielens
 from model.decoding.profile import Profile
-from model.train.run import GateError, Run, check_gates, main
+from model.train.run import GateError, Run, check_gates, main, same_recipe, some_users
 
 ROOT = Path(__file__).parents[3]
 STAGES = ("tokenizer", "target", "rankings", "finetune", "lists", "draft", "draft-plain", "evaluate")
@@ -80,6 +80,34 @@ def test_a_stage_begun_with_another_recipe_is_not_passed_off_as_this_ones(copied
     assert changed.stage("finetune", lambda folder: {})["seconds"] >= 0
     with pytest.raises(RecipeError, match=r"'lists'.*another recipe"):
         changed.stage("lists", lambda folder: {})
+
+
+def test_where_the_data_lies_and_fields_that_came_later_make_no_other_recipe() -> None:
+    now = debug_recipe().as_dict()
+    before = {"data": dict(now["data"], folder="elsewhere"), "target": dict(now["target"])}
+    del before["target"]["length_pool"]
+    same = {section: now[section] for section in before}
+    assert same_recipe(before, same)
+    assert not same_recipe(before, same | {"target": now["target"] | {"length_pool": 3}})
+    assert not same_recipe(before, same | {"lists": now["lists"]})
+    assert not same_recipe(before | {"target": before["target"] | {"gone": 1}}, same)
+
+
+def test_a_draft_that_was_compared_is_not_trained_again_with_the_same_budget(copied: Path) -> None:
+    recipe = debug_recipe()
+    alike = Run(replace(recipe, ablation=replace(recipe.ablation, epochs=recipe.draft.epochs)), copied)
+    assert alike.run_compared(copied / "ablation" / "draft", "draft") == json.loads(
+        (copied / "draft" / "done.json").read_text()
+    )
+    served, taken = contents(copied / "draft" / "network"), contents(copied / "ablation" / "draft" / "network")
+    assert served == taken
+    assert "seconds" not in Run(recipe, copied).run_compared(copied / "ablation" / "draft-plain", "draft-plain")
+
+
+def test_some_users_are_spread_over_all() -> None:
+    users = [History(str(n), (), ()) for n in range(10)]
+    assert [u.user_id for u in some_users(users, 4)] == ["0", "2", "5", "7"]
+    assert some_users(users, 0) == some_users(users, 10) == users
 
 
 def test_a_second_run_writes_the_same_bundle_without_training(copied: Path, debug_run: tuple[Path, Path]) -> None:

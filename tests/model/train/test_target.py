@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from model.config import TargetConfig
-from model.data.batches import token_batches
+from model.data.batches import token_batch
 from model.data.histories import History, Split
 from model.semantic_id import Codes, Vocabulary
 from model.train.target import new_target, token_loss, train_target
@@ -75,7 +75,7 @@ def slow_loss(model: PreTrainedModel, windows: list[list[str]]) -> float:
 def test_the_loss_is_the_mean_over_code_tokens_and_padding_does_not_count() -> None:
     model = new_target(CONFIG, VOCABULARY)
     windows = [["i0", "i1", "i2", "i3"], ["i5", "i7"], ["i2", "i11", "i4"]]
-    batch = next(token_batches(windows, CODES, VOCABULARY, 3, 1, 0.9))
+    batch = token_batch(windows, CODES, VOCABULARY, 1, 0.9)
     with torch.no_grad():
         assert token_loss(model, batch).item() == pytest.approx(slow_loss(model, windows), abs=1e-5)
 
