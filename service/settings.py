@@ -60,6 +60,7 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=1024, description="worker CPU threads; 0: cores less one")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d{1,2})?)$", description="where the worker decodes")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="the worker's precision")
+    prefill_tokens: int = Field(512, ge=1, description="prompt tokens the worker reads between two rounds")
     num_rows: int = Field(32, ge=1, le=4096, description="requests the worker decodes at once")
     max_waiting: int = Field(128, ge=0, le=100_000, description="requests the worker lets wait")
 

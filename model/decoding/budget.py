@@ -157,7 +157,9 @@ def _survival(rates: Sequence[float], corrections: Iterable[float] = ()) -> list
 
 def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> list[float]:
     decoder.budget = lambda rows: budget
+    allowed, decoder.prefill_tokens = decoder.prefill_tokens, None
     decoder.admit(batch)
+    decoder.prefill_tokens = allowed
     seconds = []
     for _ in range(repeats):
         if len(decoder.rows.in_use) < len(batch):

@@ -12,6 +12,7 @@ most, C the largest codebook, n packed tokens, d hidden size.
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from model.decoding.draft_tree import (
 )
 from model.decoding.filters import FilterTable
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
-from model.decoding.rows import Gain, Rows, account
+from model.decoding.rows import Gain, Row, Rows, account
 from model.decoding.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling, noise, perturbed
 from model.decoding.static_rounds import MAX_EXCLUDED, StaticRounds, rounded_positions
 from model.decoding.topology import Budget, table_of
@@ -76,12 +77,14 @@ class ListDecoder:
         record: Record | None = None,
         static: bool | None = None,
         graphs: bool = True,
+        prefill_tokens: int | None = None,
     ) -> None:
         """`budget(rows in use)` decides how much a round drafts, within `max_steps` and `max_nodes`; `forced=False` is
-        plain decoding, a token a pass. `record(rows, nodes [B], log_probs [B, G, C], children)` sees every choice made
-        without a draft. `learn`, when set, is told of every round. With `static` shapes rounds and prompts are device
-        programs (see `static_rounds`): the rule on a CUDA device, except where choices are recorded, and as CUDA graphs
-        unless `graphs` is off; on a CPU they are possible, and no faster."""
+        plain decoding, a token a pass. Between two rounds at most `prefill_tokens` of prompts are read (None: all; of a
+        device's static shapes always all). `record(rows, nodes [B], log_probs [B, G, C], children)` sees every choice
+        made without a draft. `learn`, when set, is told of every round. With `static` shapes rounds and prompts are
+        device programs (see `static_rounds`): the rule on a CUDA device, except where choices are recorded, and as CUDA
+        graphs unless `graphs` is off; on a CPU they are possible, and no faster."""
         self.target, self.draft, self.trie, self.max_k = target, draft, trie, max_k
         self.budget, self.max_steps, self.max_nodes = budget, max_steps, max_nodes
         self.forced, self.record = forced, record
@@ -102,6 +105,9 @@ class ListDecoder:
         self.static = StaticRounds(self, graphs=graphs) if is_static else None
 
         self.native = None if is_static else self._native()
+        self.prefill_tokens = prefill_tokens
+        self._unread: list[tuple[int, Row]] = []
+        self._has_read = False
 
     def freeze(self) -> None:
         """End of warm-up, nothing running: make every device program that may be asked for, and no other ever after.
@@ -154,46 +160,83 @@ class ListDecoder:
 
     @torch.inference_mode()
     def admit(self, requests: Sequence[ListRequest]) -> list[ListResult]:
-        """Give each (validated) request a row and read its prompt. Returns the lists that are complete already."""
+        """Give each (validated) request a row and read prompts, as many tokens as `prefill_tokens` allows between two
+        rounds; the rest is read before the rounds that follow. Returns the lists that are complete already."""
         assert len(requests) <= self.rows.num_free, f"{len(requests)} requests for {self.rows.num_free} free rows"
-        started = time.perf_counter()
         placed = [self.rows.place(request, self.max_steps + 2) for request in requests]
         finished = [self.rows.finish(i) for i in placed if not self.rows.row(i).wanted]
-        indices = [i for i in placed if self.rows.held[i] is not None]
-        if indices:
-            self._prefill(indices)
-        for index in indices:
-            row = self.rows.row(index)
-            row.prefill_seconds = time.perf_counter() - started
-            if row.done:
-                finished.append(self.rows.finish(index))
-        return finished
+        for index in placed:
+            row = self.rows.held[index]
+            if row is not None:
+                row.unread = self.target.vocabulary.list_prompt(row.request.history[-row.history_used :])
+                self._unread.append((index, row))
+                if not self.static:
+                    self.rows.draftable[index] = 0  # nothing is drafted behind a prompt that is not read
+        self._has_read = True
+        return finished + self._read_prompts()
 
-    def _prefill(self, indices: list[int]) -> None:
-        """Read the prompts of newly placed rows in one pass and make the first choice of each."""
+    def _read_prompts(self) -> list[ListResult]:
+        """Read a share of the prompts that wait, first come first served. Returns the lists completed by that."""
+        # Who was cancelled has left the row, and maybe another one has it.
+        self._unread = [(i, row) for i, row in self._unread if self.rows.held[i] is row]
+        if not self._unread:
+            return []
+        started, whole = time.perf_counter(), self.prefill_tokens is None or self.static is not None
+        share = sum(len(row.unread) for _, row in self._unread) if whole else (self.prefill_tokens or 1)
+        index, first = self._unread[0]
+        if first.position or len(first.unread) > share:  # a piece of a long one, or what is left of it
+            read, size = [index], min(share, len(first.unread))
+        else:
+            ends = accumulate(len(row.unread) for _, row in self._unread)
+            fitting = [i for (i, row), end in zip(self._unread, ends, strict=True) if end <= share and not row.position]
+            read, size = fitting, max(len(self.rows.row(i).unread) for i in fitting)
+        rows = [self.rows.row(i) for i in read]
+        self._prefill(read, size)
+        self._unread = [(i, row) for i, row in self._unread if row.unread]
+        for row in rows:
+            row.prefill_seconds += time.perf_counter() - started
+        return [self.rows.finish(i) for i, row in zip(read, rows, strict=True) if row.done and not row.unread]
+
+    def _prefill(self, indices: list[int], size: int) -> None:
+        """Read prompts up to `size` tokens of each in one pass (of several rows: whole ones), and make the first choice
+        of the rows whose prompt ends here."""
         device, held = self.target.device, [self.rows.row(i) for i in indices]
         if self.static:
             told = self.static.prefill(indices)
+            for row in held:
+                row.unread = []
             self._account_first(indices, told.scores, told.gain)
             return
-        prompts = [self.target.vocabulary.list_prompt(row.request.history[-row.history_used :]) for row in held]
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-        length = torch.tensor([len(p) for p in prompts], device=device)
+        pieces, start = [row.unread[:size] for row in held], held[0].position
+        longest = max(map(len, pieces))
+        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in pieces], device=device)
+        length = torch.tensor([len(p) for p in pieces], device=device)
         rows = torch.tensor(indices, device=device)
-        positions = torch.arange(longest, device=device).expand(len(indices), -1)
-        at = Write(rows[:, None], positions, indices[0], 0 if len(indices) == 1 else None)
-        draft_at, at = at, self._packed(at, positions < length[:, None])
+        positions = start + torch.arange(longest, device=device).expand(len(indices), -1)
+        at = Write(rows[:, None], positions, indices[0], start if len(indices) == 1 else None)
+        draft_at, at = at, self._packed(at, positions < start + length[:, None])
         layers = self.draft.feature_layers if self.draft else ()
-        output = self.target(tokens, positions, self.cache, at, Sight(None, None, longest), layers)
+        sight = Sight(torch.tensor([start], device=device) if start else None, None, start + longest)
+        output = self.target(tokens, positions, self.cache, at, sight, layers)
         last = (length - 1)[:, None]
         feature = None
         if self.draft and self.draft_cache:
             fused = self.draft.fuse_features(output.features)
-            # A token's partner is the feature before it; the first token has none.
-            before = torch.cat([torch.zeros_like(fused[:, :1]), fused[:, :-1]], dim=1)
+            # A token's partner is the feature before it; the first token of a prompt has none.
+            first = held[0].feature if start else None
+            before = torch.cat([torch.zeros_like(fused[:, :1]) if first is None else first, fused[:, :-1]], dim=1)
             self.draft.read(tokens, before, positions, 0, self.draft_cache, draft_at)
             feature = pick(fused, last)
+        for row, piece in zip(held, pieces, strict=True):
+            row.unread, row.position, row.feature = row.unread[len(piece) :], start + len(piece), feature
+        self.rows.base[rows] = start + length  # what an idle row's padding is written behind
+        if held[0].unread:
+            self.rows.draftable[rows] = 0
+            return
+        for row, index in zip(held, indices, strict=True):
+            row.feature = None
+            self.rows.draftable[index] = row.wanted if row.drafts else 0
+        length = length + start
         root = torch.zeros_like(last)
         children, sampling = self.trie.children(root, self.rows.may(rows)), self.rows.sampling(rows)
         nothing = root.new_empty(*root.shape, 0)
@@ -210,8 +253,14 @@ class ListDecoder:
 
     @torch.inference_mode()
     def round(self) -> tuple[list[ListResult], RoundStats]:
-        """Advance every row in use by one round. Returns the lists it completed, and what it did."""
-        indices = self.rows.in_use
+        """Read a share of the prompts that wait, unless `admit` has just done so, and advance the rows whose prompts
+        are read by one round. Returns the lists completed, and what the round did (of no rows, if all still read)."""
+        finished = [] if self._has_read else self._read_prompts()
+        self._has_read = False
+        indices = self.rows.running
+        if not indices:
+            none = RoundCounts([], [], [], [], [], [], (0.0, 0.0), 0)
+            return finished, self._stats([], none, 0)
         count = indices[-1] + 1
         if self.static:
             gain, counts = self._static_round(self.static, indices)
@@ -226,7 +275,7 @@ class ListDecoder:
         stats = self._stats(indices, counts, pending)
         if self.learn:
             self.learn(stats)
-        return [self.rows.finish(i) for i in indices if self.rows.row(i).done], stats
+        return finished + [self.rows.finish(i) for i in indices if self.rows.row(i).done], stats
 
     def _tensor_round(self, count: int, budget: Budget, table: TreeTable | None) -> tuple[RowGain, RoundCounts]:
         """A round in tensors: what the compiled one does for any device, number format and tree."""

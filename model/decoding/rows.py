@@ -27,7 +27,8 @@ Tensor = torch.Tensor
 class Row:
     """What the host knows of one request. `items` holds (leaf, score), `score` the open item's score so far,
     `position` where the token after its pending run goes, `banned` how many leaves its exclusions may come to; `drafts`
-    while the draft may guess at it, `on_device` once the device's state is this request's."""
+    while the draft may guess at it, `on_device` once the device's state is this request's. Of its prompt, `unread` is
+    still to be read; `feature` [1, 1, d] is the target's at the last token read."""
 
     request: ListRequest
     wanted: int
@@ -38,6 +39,8 @@ class Row:
     drafts: bool
     position: int = 0
     on_device: bool = False
+    unread: list[int] = field(default_factory=list)
+    feature: Tensor | None = None
     score: float = 0.0
     items: list[tuple[int, float]] = field(default_factory=list)
     rounds: int = 0
@@ -120,6 +123,11 @@ class Rows:
     @property
     def num_free(self) -> int:
         return self.held.count(None)
+
+    @property
+    def running(self) -> list[int]:
+        """Rows in use whose prompts are read."""
+        return [i for i, row in enumerate(self.held) if row is not None and not row.unread]
 
     @property
     def in_use(self) -> list[int]:

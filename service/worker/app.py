@@ -40,7 +40,8 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bundle = load_bundle(settings.bundle, dtype=settings.dtype, device=settings.device)
     logger.info("bundle loaded", extra={"layers": "compiled kernel" if bundle.target.native else "torch"})
-    decoder = bundle.list_decoder(num_rows=settings.num_rows, max_k=settings.max_k)
+    sizes = {"num_rows": settings.num_rows, "max_k": settings.max_k, "prefill_tokens": settings.prefill_tokens}
+    decoder = bundle.list_decoder(**sizes)
     info = bundle.info
     served = Served(info.name, info.version, info.catalog_version, settings.max_k, info.max_history_items)
     registry = new_registry()
@@ -111,6 +112,8 @@ def publisher(metrics: WorkerMetrics, model_version: str) -> Callable[[RoundStat
 
 def publish_round(metrics: WorkerMetrics, stats: RoundStats) -> None:
     """One round: how many took part, where its time went, what it drafted and kept by step and slot."""
+    if not stats.rows:
+        return  # a share of a long prompt was read, and nobody waited for a round
     metrics.batch_size.labels("decode").observe(stats.rows)
     metrics.stage.labels("draft").observe(stats.draft_seconds)
     metrics.stage.labels("verify").observe(stats.verify_seconds)

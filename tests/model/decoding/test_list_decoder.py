@@ -141,6 +141,39 @@ def test_company_does_not_matter_whoever_joins_leaves_or_is_cancelled(tiny: Tiny
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("share", [1, 7, 16, 40])
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "tensors"])
+def test_prompts_read_in_pieces_between_rounds_change_nothing(tiny: Tiny, mode: str, share: int, native: bool) -> None:
+    requests = mixed(tiny, 8, seed=share)
+    running = decoder(tiny, tiny.draft(), mode)
+    running.prefill_tokens = share
+    if not native:
+        running.native = None
+    assert_same(tiny, requests, decode_all(running, requests).results)
+    running.rows.check_integrity()
+
+
+def test_a_long_prompt_does_not_stall_the_rows_that_run(tiny: Tiny) -> None:
+    running = decoder(tiny, tiny.draft(), "forced")
+    running.prefill_tokens = 8
+    first = ListRequest("first", tuple(tiny.codes[:1]), 20)
+    running.admit([first])
+    running.admit([ListRequest("long", tuple(tiny.codes[10:16]), 3)])
+    assert len(running.rows.running) == 1  # the other one still reads
+    rows = [running.round()[1].rows]
+    while rows[-1] == 1:
+        rows.append(running.round()[1].rows)
+    assert rows[-1] == 2
+    assert len(rows) >= 3
+    assert running.cancel("first")
+    running.admit([ListRequest("left", tuple(tiny.codes[20:26]), 3)])
+    assert running.cancel("left")  # while it reads
+    while running.rows.in_use:
+        running.round()
+    running.rows.check_integrity()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_when_fewer_than_k_exist_all_of_them_come_and_the_answer_says_so(tiny: Tiny, mode: str) -> None:
     left = set(tiny.codes[:3])
     exclude = tuple(c for c in tiny.codes if c not in left)

@@ -49,22 +49,22 @@ def test_training_sees_what_serving_sees(tiny: Tiny, monkeypatch: pytest.MonkeyP
     served: list[list[Tensor]] = []
     decided = [1]
 
-    def guess(logits: Tensor, score: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        parent, choice, score, valid = best(logits, score, wanted, width)
+    def guess(logits: Tensor, wanted: Tensor, parent: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parent, choice, valid = ranked(logits, wanted, parent, rank)
         place = decided[0] + len(served[-1]) - 1
         if place < len(truth):
             codes = tiny.trie.code[first[-1] :].tolist()
             choice = torch.full_like(choice, codes.index(truth[place]))
-        return parent, choice, score, valid
+        return parent, choice, valid
 
     def seen(target: Target, trie: ItemTrie, hidden: Tensor, children: Children) -> Tensor:
         served[-1].append(hidden[0, 0].clone())
         first.append(int(children.nodes[0, 0, 0]))
         return logits_of(target, trie, hidden, children)
 
-    best, logits_of = draft_tree._best, draft_tree.legal_logits
+    ranked, logits_of = draft_tree._ranked, draft_tree.legal_logits
     first: list[int] = []
-    monkeypatch.setattr(draft_tree, "_best", guess)
+    monkeypatch.setattr(draft_tree, "_ranked", guess)
     monkeypatch.setattr(draft_tree, "legal_logits", seen)
     rng = random.Random(0)  # rounds of any length: some begin with an item, some inside one
     decoder = ListDecoder(
