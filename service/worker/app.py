@@ -40,8 +40,9 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bundle = load_bundle(settings.bundle, dtype=settings.dtype, device=settings.device)
     logger.info("bundle loaded", extra={"layers": "compiled kernel" if bundle.target.native else "torch"})
-    sizes = {"num_rows": settings.num_rows, "max_k": settings.max_k, "prefill_tokens": settings.prefill_tokens}
-    decoder = bundle.list_decoder(**sizes)
+    decoder = bundle.list_decoder(
+        num_rows=settings.num_rows, max_k=settings.max_k, prefill_tokens=settings.prefill_tokens
+    )
     info = bundle.info
     served = Served(info.name, info.version, info.catalog_version, settings.max_k, info.max_history_items)
     registry = new_registry()
