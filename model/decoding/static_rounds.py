@@ -29,6 +29,7 @@ from model.decoding.topology import Budget, table_of
 from model.decoding.verify import Verdict, accept
 from model.item_trie import Children, ItemTrie
 from model.kv_cache import Sight, Write
+from model.native.round import TreeTable
 
 if TYPE_CHECKING:
     from model.decoding.list_decoder import ListDecoder
@@ -185,7 +186,11 @@ class StaticRounds:
         return self._told(indices, list(indices), rows, budget.steps + 1, budget.steps * budget.width)
 
     def _run_round(self, shape: RoundShape) -> None:
-        self._run(shape, lambda: self._round_program(shape))
+        # Made here, not in the program: it is copied to the device, and a recording that reads it must find it there.
+        table = table_of(shape.budget, self.decoder.trie.num_levels, self.decoder.target.device)
+        if table is not None and not any(table.parent is held for held in self._tables):
+            self._tables += table
+        self._run(shape, lambda: self._round_program(shape, table))
 
     def _run(self, shape: RoundShape | PromptShape, program: Callable[[], None]) -> None:
         """A recording knows addresses and owns nothing. All it reads is the decoder's, but for two tables that a
@@ -196,11 +201,10 @@ class StaticRounds:
                 self._tables.append(table)
         self.programs.run(shape, program)
 
-    def _round_program(self, shape: RoundShape) -> None:
+    def _round_program(self, shape: RoundShape, table: TreeTable | None) -> None:
         """`ListDecoder.round` over rows 0..B-1, from the draft to the advanced rows, and the status of it."""
         decoder, rows, count, reach = self.decoder, self.decoder.rows, shape.rows, shape.reach
         budget, within = shape.budget, slice(shape.rows)
-        table = table_of(budget, decoder.trie.num_levels, decoder.target.device)
         sampling, may = self._sampling(within) if shape.drawing else None, rows.may(within, shape.banned)
         pending, position = rows.pending_length[:count], rows.base[:count] + rows.pending_length[:count, 0]
         root = Root(rows.fresh_feature[:count, 0], rows.node[:count], position, rows.draftable[:count], sampling)
