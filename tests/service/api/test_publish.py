@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from service.api.catalog_codec import dump_sealed
 from service.api.catalog_file import CatalogFile, CatalogFileError
 from service.api.publish import PublishError, check, publish
-from service.api.redis_cache import connect
+from service.catalog_codec import dump_sealed
 from service.embedded_valkey import ValkeyProcess
+from service.redis_client import connect
 from tests.service.wire import OTHER_VERSION, VERSION, write_catalog
 
 

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from service.api.publish import publish
-from service.api.redis_cache import connect
 from service.embedded_valkey import ValkeyProcess
+from service.redis_client import connect
 from tests.service.wire import (
     NUM_ITEMS,
     OTHER_VERSION,
