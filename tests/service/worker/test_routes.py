@@ -58,8 +58,10 @@ class Worker:
             max_k=20,
             budget=lambda rows: Budget(3),
         )
-        self.engine = Engine(decoder, max_waiting=max_waiting, observe=publisher(metrics, "m1"))
-        self.served = Served("tiny", "m1", tiny.catalog.version, max_k=20, max_history_items=6)
+        self.engine = Engine(
+            decoder, max_waiting=max_waiting, observe=publisher(metrics, "m1"), version=tiny.catalog.version
+        )
+        self.served = Served("tiny", "m1", max_k=20, max_history_items=6)
         settings = Settings(num_rows=num_rows, max_waiting=max_waiting)
         self.app: FastAPI = create_app(self.engine, self.served, settings, self.drain, metrics, registry)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
@@ -67,7 +69,7 @@ class Worker:
 
     def body(self, **changes: Any) -> dict[str, Any]:
         history = [list(codes) for codes in self.tiny.codes[:4]]
-        body = {"request_id": "r1", "catalog_version": self.served.catalog_version, "history": history, "k": 5}
+        body = {"request_id": "r1", "catalog_version": self.tiny.catalog.version, "history": history, "k": 5}
         return {**body, "deadline_ms": 10_000, **changes}
 
     async def generate(self, **changes: Any) -> httpx.Response:
