@@ -202,11 +202,7 @@ MAX_BATCH = 32
 class RecommendBatch(_Body):
     """Several requests at once. Each is admitted, answered and refused on its own."""
 
-    requests: list[Any] = Field(
-        min_length=1,
-        max_length=MAX_BATCH,
-        json_schema_extra={"items": {"$ref": "#/components/schemas/RecommendRequest"}},
-    )
+    requests: list[Any] = Field(min_length=1, max_length=MAX_BATCH, description="Each a RecommendRequest.")
     deadline_ms: int | None = Field(
         None, ge=1, le=60_000, description="For all of them; a smaller one of their own wins."
     )

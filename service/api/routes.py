@@ -138,6 +138,8 @@ def add_schemas(document: dict[str, Any]) -> dict[str, Any]:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
+    # Each is read by itself, so that a wrong one fails alone; the schema knows what they are.
+    schemas["RecommendBatch"]["properties"]["requests"]["items"] = {"$ref": "#/components/schemas/RecommendRequest"}
     return document
 
 

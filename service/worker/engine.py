@@ -105,7 +105,8 @@ class _Trial:
         if decoder.rows.in_use:
             finished = decoder.round()[0]
         else:
-            batch, self.todo = self.todo[:MAX_PREFILL], self.todo[MAX_PREFILL:]
+            room = min(MAX_PREFILL, decoder.rows.num_free)
+            batch, self.todo = self.todo[:room], self.todo[room:]
             for request in batch:
                 decoder.validate(request)
             finished = decoder.admit(batch) if batch else []

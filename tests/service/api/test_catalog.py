@@ -136,6 +136,7 @@ async def test_a_lost_entry_comes_back_from_the_copy(published: ValkeyProcess, c
     async with opened(published.url, catalog_path) as (catalog, redis):
         await redis.client.flushall()
         assert (await active(catalog).codes_of(everything())).found == everything()
+        await redis.client.flushall()
         assert (await active(catalog).attributes_of(["i1"])).found["i1"]["year"] == 1901
         assert count(redis, "hit", "refill") == NUM_ITEMS + 1
 

@@ -76,7 +76,7 @@ def test_pace_is_learned_by_load_and_borrowed_where_nothing_was_seen() -> None:
     for _ in range(100):
         pace.round(1, 1, 1.0)
         pace.round(8, 8, 2.0)
-    assert pace.item_seconds(1) == pace.item_seconds(7) == pytest.approx(1.0)
+    assert pace.item_seconds(1) == pace.item_seconds(4) == pytest.approx(1.0)
     assert pace.item_seconds(8) == pace.item_seconds(32) == pytest.approx(0.25)
     for _ in range(1000):
         pace.round(8, 8, 4.0)
