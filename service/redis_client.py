@@ -14,6 +14,7 @@ from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisClusterException, RedisError
 
@@ -82,6 +83,9 @@ async def close(client: Client) -> None:
     await client.aclose()
     if isinstance(client, Redis):
         await client.connection_pool.disconnect()
+        if isinstance(client.connection_pool, SentinelConnectionPool):
+            for sentinel in client.connection_pool.sentinel_manager.sentinels:
+                await close(sentinel)
 
 
 def _hosts(parts: SplitResult, port: int) -> list[tuple[str, int]]:
