@@ -50,6 +50,9 @@ class Lru(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        self._entries.clear()
+
     def get(self, key: K) -> V | None:
         value = self._entries.get(key)
         if value is not None:
@@ -98,6 +101,11 @@ class CatalogVersion:
     @property
     def version(self) -> str:
         return self.header.version
+
+    def forget(self) -> None:
+        """Empty the local caches."""
+        for cache in (self._codes, self._items, self._attributes):
+            cache.clear()
 
     async def codes_of(self, item_ids: Iterable[str]) -> Mapped[str, Codes]:
         """Semantic IDs of items."""
