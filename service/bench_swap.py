@@ -1,9 +1,9 @@
 """`padrec bench swap`: how long a catalog swap holds up a worker that is writing lists.
 
-A worker process serves a bundle and follows a Valkey of its own; requests are asked one after another, for their longest
-delay is the engine's longest pause. Then a synthetic catalog of many items over the bundle's codebooks is published, and
-the same goes on until the worker serves it. Printed: the slowest request and the 99th percentile before, during the
-build, and around the moment of the swap.
+A worker process serves a bundle and follows a Valkey of its own; requests are asked one after another, for their
+longest delay is the engine's longest pause. Then a synthetic catalog of many items over the bundle's codebooks is
+published, and the same goes on until the worker serves it. Printed: the slowest request and the 99th percentile before,
+during the build, and around the moment of the swap.
 """
 
 import argparse

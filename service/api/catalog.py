@@ -166,17 +166,18 @@ class CatalogVersion:
         except RedisDown:
             raws = None
         repairs: list[tuple[str, bytes, bytes]] = []
+        counts = dict.fromkeys(("hit", "miss", "corrupt", "error"), 0)
         for i, name in enumerate(names):
             key, raw = missing[name], None if raws is None else raws[i]
             result = "error" if raws is None else "miss"
             if raw is not None:
                 try:
                     mapped.found[key] = decode(unseal(name, raw))
-                    self._count("redis", kind, "hit")
+                    counts["hit"] += 1
                     continue
                 except (Corrupt, UnicodeDecodeError):
                     result = "corrupt"
-            self._count("redis", kind, result)
+            counts[result] += 1
             spare = self._spare(kind, name)
             if spare is not None:
                 mapped.found[key] = decode(spare)
@@ -185,6 +186,8 @@ class CatalogVersion:
                 mapped.unknown.append(key)
             else:
                 mapped.unread.append(key)
+        for result, amount in counts.items():
+            self._count("redis", kind, result, amount)
         if repairs and raws is not None:
             await self._repair(repairs)
 
