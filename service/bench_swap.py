@@ -76,16 +76,16 @@ async def _watch(url: str, catalog: CatalogFile, path: Path, redis_url: str, sec
     samples: list[tuple[float, float]] = []  # when it was asked, and how long it took
     async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client:
         await _ready(client)
-        number = 0
+        number = failed = 0
 
-        async def ask(version: str) -> bool:
-            nonlocal number
+        async def ask(version: str) -> None:
+            nonlocal number, failed
             number += 1
             body = {"request_id": f"r{number}", "catalog_version": version, "history": history, "k": 1}
             started = time.monotonic()
             reply = await client.post("/generate", json={**body, "deadline_ms": 30_000})
             samples.append((started, time.monotonic() - started))
-            return reply.status_code == 200
+            failed += reply.status_code != 200
 
         async def served() -> str:
             return str((await client.get("/info")).json()["catalog_version"])
@@ -111,7 +111,11 @@ async def _watch(url: str, catalog: CatalogFile, path: Path, redis_url: str, sec
     near = [s for s in samples if s[0] > swapped - AROUND_SECONDS]
     building = [s for s in samples if s[0] <= swapped - AROUND_SECONDS]
     parts = {"before": before, "building": building, "swapping": near}
-    return {"seconds_to_swap": round(swapped - began, 1), **{name: _summary(part) for name, part in parts.items()}}
+    return {
+        "seconds_to_swap": round(swapped - began, 1),
+        "failed": failed,
+        **{name: _summary(part) for name, part in parts.items()},
+    }
 
 
 async def _ready(client: httpx.AsyncClient) -> None:
