@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 
 async def check(settings: Settings) -> list[Finding]:
     """Redis and its active catalog, every worker, and the bundle if one is named."""
-    asked = [_redis(settings), *(_worker(url) for url in settings.worker_urls)]
+    asked = [_redis(settings), *(_worker(url, settings) for url in settings.worker_urls)]
     findings = list(await asyncio.gather(*asked))
     if settings.bundle is not None:
         findings.append(await asyncio.to_thread(_bundle, settings))
@@ -50,11 +50,13 @@ async def _redis(settings: Settings) -> Finding:
     return Finding(what, True, f"active catalog version {version}")
 
 
-async def _worker(url: str) -> Finding:
+async def _worker(url: str, settings: Settings) -> Finding:
     what = f"worker {mask_url(url)}"
+    key = settings.shown_worker_key
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS, trust_env=False) as client:
-            reply = await client.get(f"{url}/info")
+            reply = await client.get(f"{url}/info", headers=headers)
         reply.raise_for_status()
         info = WorkerInfo.model_validate_json(reply.content)
     except httpx.HTTPStatusError as error:

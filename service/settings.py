@@ -117,6 +117,11 @@ class Settings(BaseSettings):
         sources = (init_settings, env_settings)
         return (*sources, TomlConfigSettingsSource(settings_cls, config)) if config else sources
 
+    @property
+    def shown_worker_key(self) -> str:
+        """The key shown to workers; empty where none is set."""
+        return self.worker_key.get_secret_value().partition(",")[0].strip() if self.worker_key else ""
+
     def masked(self) -> dict[str, Any]:
         """The resolved settings as plain values, passwords replaced by `***`."""
         plain = self.model_dump(mode="json")

@@ -22,7 +22,7 @@ from model.item_trie import Availability, ItemTrie, legal_codes_by_search
 from model.semantic_id import Codes, Vocabulary
 
 NUM_POPULAR = 64
-NUM_CHECKED = 20  # nodes of every depth that `check` compares with a search over all items
+NUM_CHECKED = 5  # nodes of every depth that `check` compares with a search over all items
 
 
 class CatalogRefused(ValueError):

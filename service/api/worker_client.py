@@ -107,8 +107,7 @@ class WorkerClient:
         self._transport = transport
         self._metrics = metrics
         self._poll_seconds = settings.poll_seconds
-        keys = settings.worker_key
-        key = keys.get_secret_value().partition(",")[0].strip() if keys else ""
+        key = settings.shown_worker_key
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
 
     @property

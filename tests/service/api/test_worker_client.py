@@ -41,8 +41,9 @@ async def test_the_least_busy_worker_is_asked() -> None:
 
 @pytest.mark.parametrize("status", [500, 503])
 async def test_what_one_worker_cannot_do_another_is_asked_for(status: int) -> None:
-    bad, good = TinyWorker(status=status), TinyWorker()
+    bad, good = TinyWorker(status=status), TinyWorker(others=1)
     async with client_of(Workers(a=bad, b=good), "a", "b") as client:
+        await client.look_at_all()  # the idle one is asked first
         assert len((await generate(client)).items) == 2
         assert (len(bad.seen), len(good.seen)) == (1, 1)
 
