@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import httpx
 from pydantic import ValidationError
-from redis.exceptions import RedisError
 
-from service.api.catalog_codec import ACTIVE_KEY
-from service.api.redis_cache import connect
+from service.catalog_codec import ACTIVE_KEY
+from service.redis_client import REDIS_ERRORS, close, connect
 from service.schemas import WorkerInfo
 from service.settings import Settings, mask_url
 
@@ -29,7 +28,7 @@ class Finding(NamedTuple):
 
 async def check(settings: Settings) -> list[Finding]:
     """Redis and its active catalog, every worker, and the bundle if one is named."""
-    asked = [_redis(settings), *(_worker(url) for url in settings.worker_urls)]
+    asked = [_redis(settings), *(_worker(url, settings) for url in settings.worker_urls)]
     findings = list(await asyncio.gather(*asked))
     if settings.bundle is not None:
         findings.append(await asyncio.to_thread(_bundle, settings))
@@ -41,22 +40,23 @@ async def _redis(settings: Settings) -> Finding:
     what, client = f"redis {mask_url(url)}", connect(url, TIMEOUT_SECONDS)
     try:
         active = await client.get(ACTIVE_KEY)
-    except RedisError as error:
+    except REDIS_ERRORS as error:
         return Finding(what, False, f"not reachable ({type(error).__name__})")
     finally:
-        await client.aclose()
-        await client.connection_pool.disconnect()
+        await close(client)
     if active is None:
         return Finding(what, False, "reachable, but no catalog is published (padrec publish)")
     version = active.decode("ascii", "replace") if isinstance(active, bytes) else active
     return Finding(what, True, f"active catalog version {version}")
 
 
-async def _worker(url: str) -> Finding:
+async def _worker(url: str, settings: Settings) -> Finding:
     what = f"worker {mask_url(url)}"
+    key = settings.shown_worker_key
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS, trust_env=False) as client:
-            reply = await client.get(f"{url}/info")
+            reply = await client.get(f"{url}/info", headers=headers)
         reply.raise_for_status()
         info = WorkerInfo.model_validate_json(reply.content)
     except httpx.HTTPStatusError as error:

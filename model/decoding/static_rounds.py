@@ -91,7 +91,8 @@ def mean_run(trie: ItemTrie) -> float:
     below = trie.leaf_start[nodes + 1] - trie.leaf_start[nodes]
     # The sentinel after each depth has no leaves: it counts for nothing whatever its children look like.
     choices = int((below * (first[nodes + 1] - first[nodes] > 1)).sum())
-    return trie.num_items * (trie.num_levels + 1) / max(1, choices)
+    tokens: int = trie.num_items * (trie.num_levels + 1)
+    return tokens / max(1, choices)
 
 
 class StaticRounds:

@@ -4,6 +4,7 @@ Free of torch and `model`: it starts in a moment and runs in small pods.
 """
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -14,13 +15,15 @@ from fastapi import FastAPI
 from service import __version__
 from service.api.catalog import Catalog
 from service.api.recommender import Recommender
-from service.api.redis_cache import RedisCache, connect
+from service.api.redis_cache import RedisCache
 from service.api.routes import add_schemas, recommend_routes
-from service.api.worker_client import WorkerClient
+from service.api.worker_client import WorkerClient, addresses, as_named
+from service.keys import Keys, KeysError
 from service.metrics import ApiMetrics, new_registry
 from service.middleware import Admission, Door, cancel, install_errors
-from service.probes import Drain, Health, probe_routes
-from service.settings import Settings
+from service.probes import Drain, Health, metrics_server, probe_routes
+from service.redis_client import connect
+from service.settings import Settings, SettingsError
 
 
 def create_app(
@@ -29,7 +32,8 @@ def create_app(
     *,
     worker_transport: httpx.AsyncBaseTransport | None = None,
 ) -> FastAPI:
-    """The application. `worker_transport` replaces the network on the way to the workers."""
+    """The application. `worker_transport` replaces the network on the way to the workers, and its names. Raises
+    SettingsError for a keys file that cannot be used."""
     drain = drain or Drain()
     registry = new_registry()
     metrics = ApiMetrics(registry)
@@ -38,7 +42,7 @@ def create_app(
     cache = RedisCache(redis, metrics)
     catalog = Catalog(cache, settings, metrics)
     transport = worker_transport or _transport(settings)
-    workers = WorkerClient(transport, settings, metrics)
+    workers = WorkerClient(transport, settings, metrics, as_named if worker_transport else addresses)
     recommender = Recommender(catalog, workers, settings, metrics)
     admission = Admission(settings.max_in_flight, drain, metrics)
 
@@ -47,8 +51,10 @@ def create_app(
         async with AsyncExitStack() as stack:
             stack.push_async_callback(cache.close)
             stack.push_async_callback(transport.aclose)
+            stack.enter_context(metrics_server(settings.host, settings.metrics_port, registry))
             await catalog.start()
-            await asyncio.gather(*(workers.look_at(worker) for worker in workers.workers))
+            await workers.discover()
+            await workers.look_at_all()
             for background in (catalog.follow(), workers.poll()):
                 stack.push_async_callback(cancel, asyncio.create_task(background))
             yield
@@ -68,7 +74,7 @@ def create_app(
         summary="Recommendations by a generative model with speculative decoding",
         lifespan=lifespan,
     )
-    app.add_middleware(Door, metrics=metrics, drain=drain)
+    app.add_middleware(Door, metrics=metrics, drain=drain, keys=_keys(settings))
     install_errors(app)
     app.include_router(recommend_routes(recommender, admission, settings))
     app.include_router(
@@ -76,16 +82,29 @@ def create_app(
             drain=drain,
             alive=lambda: Health(True, {"process": "ok"}),
             ready=ready,
-            registry=registry,
+            registry=None if settings.metrics_port else registry,
         )
     )
     plain_openapi = app.openapi
+    described: dict[str | None, dict[str, Any]] = {}
 
     def openapi() -> dict[str, Any]:
-        return app.openapi_schema or add_schemas(plain_openapi())
+        version = None if catalog.current is None else catalog.current.version
+        if version not in described:
+            attributes = None if catalog.current is None else catalog.current.header.attributes
+            described.clear()
+            described[version] = add_schemas(copy.deepcopy(plain_openapi()), settings, attributes)
+        return described[version]
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def _keys(settings: Settings) -> Keys | None:
+    try:
+        return Keys.of_file(settings.api_keys_file) if settings.api_keys_file else None
+    except KeysError as exc:
+        raise SettingsError(f"setting 'api_keys_file' (PADREC_API_KEYS_FILE): {exc}") from exc
 
 
 def _transport(settings: Settings) -> httpx.AsyncHTTPTransport:

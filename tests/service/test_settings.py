@@ -96,3 +96,14 @@ def test_printed_settings_hide_passwords() -> None:
     assert "redis://user:***@host:6379/0" in shown
     assert "s3cret" not in shown + repr(settings.redis_url)
     assert mask_url("unix:///tmp/x.sock") == "unix:///tmp/x.sock"
+
+
+def test_the_worker_key_is_masked_and_its_first_part_shown() -> None:
+    settings = load_settings({"worker_key": "first-secret-key-16, second-secret-key-16"})
+    assert settings.masked()["worker_key"] == "***"
+    assert "secret" not in json.dumps(settings.masked()) + repr(settings)
+    assert settings.shown_worker_key == "first-secret-key-16"
+    assert load_settings().shown_worker_key == ""
+    with pytest.raises(SettingsError, match="'worker_key'") as caught:
+        load_settings({"worker_key": "s3cret"})
+    assert "s3cret" not in str(caught.value)

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import pytest
 
 from model.bench.ablation import Compared, Twins, compared, main, mismatches, plot, twin_lists
-from model.decoding.list_decoder import Budget
 from model.decoding.offline import decode_all
+from model.decoding.topology import Budget
 from model.train.run import main as train
 from model.train.variants import VARIANTS
 
