@@ -309,13 +309,14 @@ def _train_draft(
     network = new_draft(config, vocabulary, target.hidden_size, target.num_layers, variant)
     network = network.to(target.device)
     batches = draft_batches(lists, model, vocabulary, network.shape.feature_layers, config.batch_size)
-    kept = max(1, len(batches) // 16)
+    # Batches come by how many decisions their lists hold: some of all kinds are kept back.
+    kept, rest = batches[::16], [batch for n, batch in enumerate(batches) if n % 16] or batches
     frozen = (target.embedding.float(), target.head.weight, target.head_columns)
 
     def loss(batch: DraftBatch) -> torch.Tensor:
         return draft_loss(network, *frozen, batch, config)
 
-    result = train_draft(network, loss, batches[kept:], batches[:kept], config, None, folder.name)
+    result = train_draft(network, loss, rest, kept, config, None, folder.name)
     network.save(folder)
     decoder = ListDecoder(
         target,
@@ -326,6 +327,7 @@ def _train_draft(
         max_history_items=MAX_HISTORY_ITEMS,
         max_k=LIST_ITEMS,
         budget=lambda rows: Budget(config.steps),
+        max_nodes=config.steps * PROFILE_RANKS,
     )
     decoded = decode_all(decoder, held_out)
     accepted = {

@@ -166,7 +166,7 @@ def grow(
         unread.append(Unread(run.tokens, length, start, draft.wanted(feature, slot), begun + 1))
         ended = leaf < trie.num_items
         # A draft that guesses whole items is asked again where one has ended.
-        if step + 1 < steps and not (draft.whole_items and not bool(ended.any())):
+        if step + 1 < steps and (not draft.whole_items or reach is not None or bool(ended.any())):
             seen = own[:, :, 1 : 1 + (step + 1) * width].unsqueeze(-1) & torch.cat(present, 1).unsqueeze(1)
             seen = seen.flatten(2)
             read = _draft_step(draft, cache, root.position, unread, seen, step, reach)

@@ -52,7 +52,7 @@ class ItemDraft(Draft):
             return features.new_empty(len(tokens), 0, features.shape[-1])
         assert sight.committed is not None
         own = sight.own if sight.own is not None else asked.new_zeros(*asked.shape, 0, dtype=torch.bool)
-        mask = attention_mask(sight.committed, own, sight.reach)
+        mask = attention_mask(sight.committed, own, sight.reach, static=sight.static)
         own_z = z.gather(1, asked.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
         wanting = network.asking(own_z, step if isinstance(step, int) else step.gather(1, asked))
         slots = wanting.shape[2]

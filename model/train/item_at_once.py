@@ -24,8 +24,8 @@ def decisions_of(batch: DraftBatch, items: int, levels: int) -> tuple[Tensor, Te
     """The decision [B, I, L] made at each slot of each list item (-1: forced), and each item's first decision
     [B, I]."""
     rows, count = batch.level.shape
-    decision = torch.arange(count).expand(rows, -1)
-    made = torch.full((rows, items * levels + 1), -1)
+    decision = torch.arange(count, device=batch.level.device).expand(rows, -1)
+    made = torch.full((rows, items * levels + 1), -1, device=batch.level.device)
     place = torch.where(batch.level >= 0, batch.item * levels + batch.level, items * levels)
     made = made.scatter(1, place, decision)[:, :-1].unflatten(1, (items, levels))
     first = torch.where(made >= 0, made, count).amin(-1).clamp(max=count - 1)
@@ -35,7 +35,7 @@ def decisions_of(batch: DraftBatch, items: int, levels: int) -> tuple[Tensor, Te
 def unrolled_slots(network: DraftNetwork, embedding: Tensor, batch: DraftBatch, passes: int) -> list[Tensor]:
     """Outputs of pass 0 [B, D, L, d], asked at every decision, and of each later pass [B, I, L, d], asked where the
     item before ends. In pass p the first p items are not reached: their outputs mean nothing."""
-    first_token, levels = batch.first, network.shape.slots_at_once
+    first_token, levels, device = batch.first, network.shape.slots_at_once, embedding.device
     items = int(batch.item.max()) + 1
     embedded = network.tokens(embedding)[batch.tokens]
     positions = batch.positions.clamp(min=0)
@@ -44,7 +44,7 @@ def unrolled_slots(network: DraftNetwork, embedding: Tensor, batch: DraftBatch, 
     asked_first = batch.asked.gather(1, first)
     z = committed_inputs(network, embedded, batch)
     stored = [_stored(network, z, rotations[positions])]
-    place = torch.arange(batch.tokens.shape[1])
+    place = torch.arange(batch.tokens.shape[1], device=device)
     run = batch.run[:, first_token:]
     run_item, run_level = batch.item.gather(1, run), batch.level.gather(1, run)
 
@@ -61,7 +61,7 @@ def unrolled_slots(network: DraftNetwork, embedding: Tensor, batch: DraftBatch, 
     outputs = [ask(batch.asked, z, 0, [(place <= batch.asked.unsqueeze(-1)) & real])]
     # What chose each item, slot by slot, when the round reached its beginning.
     chose = _rows(outputs[0].flatten(2), first).unflatten(2, (levels, -1))
-    item = torch.arange(items)
+    item = torch.arange(items, device=device)
     for step in range(1, passes):
         features = _rows(chose.flatten(1, 2), run_item.clamp(min=0) * levels + run_level.clamp(min=0))
         z_list = network.inputs(embedded[:, first_token:], batch.slots[:, first_token:], features, step)
@@ -82,15 +82,16 @@ def item_loss(
     levels, items = network.shape.slots_at_once, int(batch.item.max()) + 1
     passes = 1 + config.steps // 2  # an item takes at least two choices, or hardly more
     made, _ = decisions_of(batch, items, levels)
-    rows = torch.arange(len(batch.level))[:, None, None]
-    total, weight = torch.zeros(()), 0.0
+    device = head.device
+    rows = torch.arange(len(batch.level), device=device)[:, None, None]
+    total, weight = torch.zeros((), device=device), 0.0
     for step, output in enumerate(unrolled_slots(network, embedding, batch, passes)):
         if step:
-            wanted = made.masked_fill(torch.arange(items)[:, None] < step, -1)
+            wanted = made.masked_fill(torch.arange(items, device=device)[:, None] < step, -1)
         else:
             wanted = made.gather(1, batch.item.clamp(min=0).unsqueeze(-1).expand(-1, -1, levels))
             # A decision asks for itself and what follows it in its item.
-            wanted = torch.where(wanted >= torch.arange(batch.level.shape[1])[:, None], wanted, -1)
+            wanted = torch.where(wanted >= torch.arange(batch.level.shape[1], device=device)[:, None], wanted, -1)
             wanted = wanted.masked_fill((batch.level < 0).unsqueeze(-1), -1)
         there = wanted >= 0
         if not bool(there.any()):

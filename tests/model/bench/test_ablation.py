@@ -8,6 +8,7 @@ import pytest
 
 from model.bench.ablation import Compared, Twins, compared, main, mismatches, plot, twin_lists
 from model.decoding.offline import decode_all
+from model.decoding.profile import caterpillar
 from model.decoding.topology import Budget
 from model.train.run import main as train
 from model.train.variants import VARIANTS
@@ -79,7 +80,7 @@ def test_every_draft_decodes_what_the_twin_decodes(
     """In batches where rows end and begin at any time, in chains and in trees."""
     setting = settings[native]
     requests = setting.requests(setting.run.cases[:7], 5, temperature)
-    for budget in (Budget(5), Budget(3, 3)):
+    for budget in (Budget(5), Budget(3, 3), caterpillar(4, 3, setting.run.trie.num_levels)):
         decoder = setting.decoder(setting.drafts[name], 5, budget, num_rows=3)
         decoded = decode_all(decoder, requests)
         decoder.rows.check_integrity()
