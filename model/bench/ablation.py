@@ -65,7 +65,6 @@ class Compared:
             max_history_items=self.run.recipe.target.max_history_items,
             max_k=k,
             budget=lambda rows: budget,
-            max_nodes=8 * PROFILE_RANKS,  # what `max_steps` allows
         )
 
     def requests(self, cases: Sequence[Case], k: int, temperature: float) -> list[ListRequest]:

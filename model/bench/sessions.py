@@ -327,7 +327,6 @@ def _train_draft(
         max_history_items=MAX_HISTORY_ITEMS,
         max_k=LIST_ITEMS,
         budget=lambda rows: Budget(config.steps),
-        max_nodes=config.steps * PROFILE_RANKS,
     )
     decoded = decode_all(decoder, held_out)
     accepted = {

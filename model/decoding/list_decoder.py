@@ -72,7 +72,7 @@ class ListDecoder:
         max_k: int,
         budget: Callable[[int], Budget],
         max_steps: int = 8,
-        max_nodes: int = 16,
+        max_nodes: int = 32,
         forced: bool = True,
         record: Record | None = None,
         static: bool | None = None,

@@ -370,7 +370,6 @@ class Run:
             max_history_items=self.recipe.target.max_history_items,
             max_k=self.recipe.evaluate.list_items,
             budget=lambda rows: Budget(steps),
-            max_nodes=steps * PROFILE_RANKS,
         )
 
     def write_bundle(self, bundle: Path, report: dict[str, Any]) -> None:
