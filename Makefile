@@ -72,6 +72,27 @@ check: install-dev ## ruff, mypy strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+OVERLAYS := overlays/dev overlays/production overlays/production-hpa overlays/production-canary jobs/publish jobs/train
+
+# The Debian package holds the one binary we want; nothing is installed into the system. A first try of the machine's
+# own package lists, then fresh ones, which need root.
+.tools/promtool:
+	@mkdir -p .tools
+	cd .tools && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; }
+	cd .tools && dpkg -x prometheus_*.deb unpacked && mv unpacked/usr/bin/promtool . && rm -r unpacked prometheus_*.deb
+
+# An environment of its own: its hundred packages need other versions than ours.
+.tools/checkov/.installed:
+	$(PYTHON) -m venv .tools/checkov
+	.tools/checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+	@touch $@
+
+manifests: install-dev .tools/promtool .tools/checkov/.installed ## render, validate, test and policy-check deploy/ and docker/
+	$(BIN)/python -m pytest -q tests/deploy tests/docker
+	@rm -rf .tools/rendered && mkdir -p .tools/rendered
+	@for each in $(OVERLAYS); do $(BIN)/kubectl kustomize deploy/$$each > .tools/rendered/$${each//\//-}.yaml || exit 1; done
+	.tools/checkov/bin/checkov -d .tools/rendered --config-file deploy/checkov.yaml
+
 format: install-dev ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
