@@ -35,8 +35,8 @@ FORWARDED = {
 }
 
 _COMMON = ("log_level",)
-_HTTP = ("host", "port", "drain_seconds", "finish_seconds", *_COMMON)
-_ENGINE = ("bundle", "num_rows", "max_waiting", "threads", "device", "dtype", "max_k")
+_HTTP = ("host", "port", "drain_seconds", "finish_seconds", "otlp_endpoint", "trace_percent", *_COMMON)
+_ENGINE = ("bundle", "num_rows", "max_waiting", "threads", "device", "dtype", "max_k", "shadow_percent")
 _API = (
     "redis_url", "redis_timeout_ms", "worker_urls", "catalog_file", "poll_seconds", "max_body_bytes", "body_seconds",
     "max_history_items", "max_exclude_items", "max_k", "default_k", "deadline_ms", "max_in_flight", "lru_items",

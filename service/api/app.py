@@ -21,6 +21,7 @@ from service.metrics import ApiMetrics, new_registry
 from service.middleware import Admission, Door, cancel, install_errors
 from service.probes import Drain, Health, probe_routes
 from service.settings import Settings
+from service.tracing import Spans
 
 
 def create_app(
@@ -40,6 +41,7 @@ def create_app(
     transport = worker_transport or _transport(settings)
     workers = WorkerClient(transport, settings, metrics)
     recommender = Recommender(catalog, workers, settings, metrics)
+    spans = Spans(settings, "padrec-api", __version__, metrics)
     admission = Admission(settings.max_in_flight, drain, metrics)
 
     @asynccontextmanager
@@ -47,9 +49,10 @@ def create_app(
         async with AsyncExitStack() as stack:
             stack.push_async_callback(cache.close)
             stack.push_async_callback(transport.aclose)
+            stack.push_async_callback(spans.close)
             await catalog.start()
             await asyncio.gather(*(workers.look_at(worker) for worker in workers.workers))
-            for background in (catalog.follow(), workers.poll()):
+            for background in (catalog.follow(), workers.poll(), spans.run()):
                 stack.push_async_callback(cancel, asyncio.create_task(background))
             yield
 
@@ -68,7 +71,7 @@ def create_app(
         summary="Recommendations by a generative model with speculative decoding",
         lifespan=lifespan,
     )
-    app.add_middleware(Door, metrics=metrics, drain=drain)
+    app.add_middleware(Door, metrics=metrics, drain=drain, spans=spans)
     install_errors(app)
     app.include_router(recommend_routes(recommender, admission, settings))
     app.include_router(

@@ -13,6 +13,7 @@ from service.schemas import (
     Problem,
     RecommendRequest,
     RecommendResponse,
+    RecommendTimings,
     parse_recommend,
 )
 from service.settings import Settings
@@ -59,7 +60,8 @@ def recommend_routes(recommender: Recommender, admission: Admission, settings: S
                 ),
             )
         note_outcome(ticket, answer)
-        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+        timings = {"server-timing": server_timing(answer.timings_ms)}
+        return Response(answer.model_dump_json(exclude_unset=True), headers=timings, media_type="application/json")
 
     documented: dict[str, Any] = {
         "response_model": RecommendResponse,
@@ -94,6 +96,11 @@ def note_outcome(ticket: Ticket, answer: RecommendResponse) -> None:
     ticket.outcome = "fallback" if not from_model else "degraded" if answer.degraded else "ok"
     ticket.fields["items"] = len(answer.items)
     ticket.fields["degraded"] = [d.code for d in answer.degraded]
+
+
+def server_timing(timings: RecommendTimings) -> str:
+    """The same times as a Server-Timing header (W3C), which browsers and proxies show."""
+    return ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.model_dump().items())
 
 
 def add_schemas(document: dict[str, Any]) -> dict[str, Any]:

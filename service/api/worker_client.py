@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import httpx
 from pydantic import ValidationError
 
+from service import tracing
 from service.errors import (
     CatalogMismatch,
     DeadlinePassed,
@@ -150,7 +151,7 @@ class WorkerClient:
         request = httpx.Request(
             method,
             worker.url.copy_with(raw_path=path.encode()),
-            headers=_JSON if content is not None else None,
+            headers=_JSON | tracing.current_headers() if content is not None else None,
             content=content,
             extensions={"timeout": httpx.Timeout(seconds, connect=CONNECT_TIMEOUT_SECONDS).as_dict()},
         )

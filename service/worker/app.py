@@ -19,11 +19,13 @@ from model.bundle import load_bundle
 from model.decoding.request import ListResult, RoundStats
 from service import __version__
 from service.metrics import WorkerMetrics, new_registry
-from service.middleware import Admission, Door, install_errors
+from service.middleware import Admission, Door, cancel, install_errors
 from service.probes import Drain, Health, probe_routes
 from service.settings import Settings, SettingsError
+from service.tracing import Spans
 from service.worker.engine import Engine
 from service.worker.routes import Served, generate_routes
+from service.worker.shadow import Shadow
 
 STRATEGY = "list"
 
@@ -67,15 +69,20 @@ def create_app(
     metrics.build_info.labels(__version__, "worker").set(1)
     metrics.model_info.labels(served.name, served.version, served.catalog_version).set(1)
 
+    spans = Spans(settings, "padrec-worker", __version__, metrics)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         engine.start()
         watch = asyncio.create_task(_time_warm_up(engine, metrics, started))
+        sender = asyncio.create_task(spans.run())
         try:
             yield
         finally:
             watch.cancel()
+            await cancel(sender)
+            await spans.close()
             engine.drain(0)  # nobody is left to answer: the server has waited for running requests already
             await asyncio.to_thread(engine.stop)
 
@@ -83,17 +90,18 @@ def create_app(
     install_errors(app)
     # Running and waiting are the engine's to bound; this bounds bodies being read.
     admission = Admission(settings.num_rows + settings.max_waiting + settings.num_rows, drain, metrics)
-    app.include_router(generate_routes(engine, served, settings, admission))
+    shadow = Shadow(engine, settings.shadow_percent, metrics)
+    app.include_router(generate_routes(engine, served, settings, admission, shadow))
     app.include_router(
         probe_routes(
             drain=drain,
             alive=lambda: _alive(engine),
             ready=lambda: _ready(engine),
             registry=registry,
-            before_scrape=lambda: _refresh(engine, metrics),
+            before_scrape=lambda: _refresh(engine, metrics, settings.device),
         )
     )
-    app.add_middleware(Door, metrics=metrics, drain=drain)
+    app.add_middleware(Door, metrics=metrics, drain=drain, spans=spans)
     return app
 
 
@@ -152,9 +160,12 @@ def _ready(engine: Engine) -> Health:
     return Health(status.ready, {"engine": state})
 
 
-def _refresh(engine: Engine, metrics: WorkerMetrics) -> None:
+def _refresh(engine: Engine, metrics: WorkerMetrics, device: str) -> None:
     status = engine.status()
     metrics.set_queue(status.running, status.waiting, status.oldest_wait_seconds)
+    if device != "cpu":
+        metrics.gpu_memory.labels("allocated").set(torch.cuda.memory_allocated(device))
+        metrics.gpu_memory.labels("reserved").set(torch.cuda.memory_reserved(device))
 
 
 async def _time_warm_up(engine: Engine, metrics: WorkerMetrics, started: float) -> None:

@@ -47,6 +47,7 @@ from service.worker.engine import (
     EngineStatus,
     RequestCancelled,
 )
+from service.worker.shadow import Shadow
 
 # How long past the deadline an engine may take to say so before we answer for it.
 GRACE_SECONDS = 0.05
@@ -73,7 +74,9 @@ class Served:
     max_history_items: int
 
 
-def generate_routes(engine: Engine, served: Served, settings: Settings, admission: Admission) -> APIRouter:
+def generate_routes(
+    engine: Engine, served: Served, settings: Settings, admission: Admission, shadow: Shadow
+) -> APIRouter:
     """The worker's own routes; probes come from `service.probes`."""
     router = APIRouter(tags=["internal"])
 
@@ -85,6 +88,7 @@ def generate_routes(engine: Engine, served: Served, settings: Settings, admissio
             body = validate(GenerateRequest, strict_json.parse(raw))
             asked = _list_request(body, served, ticket)
             result = await while_connected(request.receive, _run(engine, asked, admission))
+        shadow.look(asked, result)
         answer = _response(body.request_id, result, served, time.monotonic() - ticket.started)
         ticket.fields["rounds"] = answer.speculation.rounds
         return Response(answer.model_dump_json(), media_type="application/json")

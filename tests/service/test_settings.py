@@ -96,3 +96,15 @@ def test_printed_settings_hide_passwords() -> None:
     assert "redis://user:***@host:6379/0" in shown
     assert "s3cret" not in shown + repr(settings.redis_url)
     assert mask_url("unix:///tmp/x.sock") == "unix:///tmp/x.sock"
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4318", "ftp://collector", "http://"])
+def test_a_collector_is_an_http_url(endpoint: str) -> None:
+    with pytest.raises(SettingsError, match="otlp_endpoint"):
+        load_settings({"otlp_endpoint": endpoint})
+
+
+@pytest.mark.parametrize("name", ["shadow_percent", "trace_percent"])
+def test_a_share_is_a_percentage(name: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        load_settings({name: "101"})
