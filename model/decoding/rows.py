@@ -148,6 +148,7 @@ class Rows:
             decode_seconds=row.decode_seconds,
         )
 
+    @torch.inference_mode()  # a table that grew inside a round may not be written outside of one
     def free(self, index: int) -> None:
         self.filters.release(self.row(index).filter_slot)
         self.held[index] = None

@@ -258,3 +258,13 @@ def test_bf16_differs_from_its_own_twin_only_where_two_tokens_nearly_tie(tiny: T
         identical += same
         assert same or min(twin.margins) < 0.05
     assert identical >= 6
+
+
+def test_a_row_can_be_freed_between_rounds_after_many_exclusions_made_its_table_grow(tiny: Tiny) -> None:
+    running = decoder(tiny, tiny.draft())
+    excluded = tuple(tiny.codes[: max(70, len(tiny.codes) // 2)])
+    for name in ("first", "second"):
+        running.admit([ListRequest(name, (tiny.codes[-1],), 5, exclude=excluded)])
+        running.round()
+        assert running.cancel(name)
+    running.rows.check_integrity()
