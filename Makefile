@@ -8,7 +8,7 @@ RECBOLE := recbole==1.2.1
 BUNDLE ?= model/bundles/movielens-100k
 ONCE ?=
 
-.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve peers bench-peers train check format cover manifests clean
+.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve peers bench-peers train check format cover manifests drills load clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,12 @@ check: install-dev ## ruff, mypy strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+drills: install data ## fault drills against the real service, measured against what they promise (about ten minutes)
+	$(BIN)/python -m tests.drills.run --bundle $(BUNDLE)
+
+load: install data ## the knee: latency over offered load, open loop, speculation on and off
+	$(BIN)/python -m tests.load.knee --bundle $(BUNDLE)
+
 OVERLAYS := overlays/dev overlays/production overlays/production-hpa overlays/production-canary jobs/publish jobs/train
 
 # The Debian package holds the one binary we want; nothing is installed into the system. A first try of the machine's
@@ -101,4 +107,4 @@ cover: install-dev data ## tests with branch coverage
 	$(BIN)/python -m pytest -q --cov --cov-branch --cov-report=term
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .peers .data runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .tools .peers .data runs .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,8 @@ the API hands it on to the worker. A sampled request's span goes to the collecto
 (opentelemetry.io, "OTLP Specification"): one POST of a few lines, for which the SDK would bring six packages into the
 small image. A caller's sampling flag is obeyed; the setting `trace_percent` decides for the rest.
 
-Knows no routes and no bodies: others hand in names and numbers. A slow or missing collector costs spans, never requests.
+Knows no routes and no bodies: others hand in names and numbers. A collector that is slow or away
+costs spans, never requests.
 """
 
 import asyncio
