@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from service import child
-from service.movielens import BUNDLE
+from service.movielens import BUNDLE, DATA
 from tests.drills.drills import DRILLS, Criterion, Drill
 
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and print. Returns 0 if every criterion was met."""
     parser = argparse.ArgumentParser(prog="make drills", description="Fault drills against the real service.")
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    parser.add_argument("--data", type=Path, default=DATA, help="MovieLens files; without them histories are random")
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of drills, 1 to 14")
     parser.add_argument("--rate", type=float, default=50.0, help="requests a second in most drills")
     parser.add_argument("--scale", type=float, default=1.0, help="shortens (below 1) or lengthens every phase")
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, run in enumerate(DRILLS, start=1):
         if options.only and number not in options.only:
             continue
-        drill = Drill(options.bundle, options.rate, options.scale, options.soak)
+        drill = Drill(options.bundle, options.rate, options.scale, options.soak, data=options.data)
         begun = time.monotonic()
         print(f"\n{(run.__doc__ or '').strip()}", flush=True)
         try:

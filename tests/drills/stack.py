@@ -24,6 +24,7 @@ from tests.drills.redis_between import RedisBetween
 
 LOOPBACK = "127.0.0.1"
 QUIET = ("--log-level", "error")
+START_SECONDS = 300.0  # a warm-up beside other work
 
 
 @dataclass
@@ -56,7 +57,7 @@ def served(bundle: Path, *flags: str, **environ: str) -> Iterator[Process]:
     command = ["serve", "--bundle", str(bundle), "--port", str(port), "--drain-seconds", "0", *QUIET, *flags]
     process = spawn(command, environ)
     try:
-        wait_until_ready(f"http://{LOOPBACK}:{port}", process)
+        wait_until_ready(f"http://{LOOPBACK}:{port}", process, START_SECONDS)
         yield Process(f"http://{LOOPBACK}:{port}", process)
     finally:
         child.stop(process, 30.0)
@@ -88,12 +89,12 @@ def parts(
             made.workers.append(start_worker(worker_bundle or bundle, worker_module, told))
             stack.callback(child.stop, made.workers[-1].process, 30.0)
         for worker in made.workers:
-            wait(lambda worker=worker: answers(f"{worker.url}/readyz"), 120, worker.process)
+            wait(lambda worker=worker: answers(f"{worker.url}/readyz"), START_SECONDS, worker.process)
         for _ in range(apis):
             made.apis.append(start_api(made, told, api_flags))
             stack.callback(lambda at: child.stop(made.apis[at].process, 30.0), len(made.apis) - 1)
         for api in made.apis:
-            wait_until_ready(api.url, api.process)
+            wait_until_ready(api.url, api.process, START_SECONDS)
         yield made
 
 

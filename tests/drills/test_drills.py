@@ -26,7 +26,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("run", [poison, corruption, parent_killed], ids=lambda run: run.__name__)
 def test_what_must_hold_on_any_machine_holds(run: Callable[[Drill], None], bundle: Path, tmp_path: Path) -> None:
-    drill = Drill(bundle, rate=20, scale=0.5, deadline_ms=30_000, data=tmp_path / "none")
+    drill = Drill(bundle, rate=20, scale=0.25, deadline_ms=30_000, data=tmp_path / "none")
     run(drill)
     assert drill.criteria
     missed = [line(each) for each in drill.criteria if not each.ok and not each.timed]
