@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from model.catalog import Catalog
 from model.decoding.budget import measured_budget
+from model.decoding.catalog_index import CatalogIndex
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.request import ListRequest
 from model.draft.draft import Draft
@@ -58,15 +59,24 @@ class Bundle:
     draft: Draft | None
     plain_draft: Draft | None
 
-    def list_decoder(self, *, num_rows: int, max_k: int, draft: Draft | None = None, **options: Any) -> ListDecoder:
+    def list_decoder(
+        self,
+        *,
+        num_rows: int,
+        max_k: int,
+        draft: Draft | None = None,
+        catalog: CatalogIndex | None = None,
+        **options: Any,
+    ) -> ListDecoder:
         """A decoder over this bundle. Without `draft` the bundle's PAD-Rec draft is used; without a `budget` among
-        `options` a chain of four is drafted until `warm_up` has measured better."""
+        `options` a chain of four is drafted until `warm_up` has measured better; with `catalog` it writes lists of
+        another catalog version than the bundle's own."""
         options.setdefault("budget", lambda rows: Budget(4))
         return ListDecoder(
             self.target,
             draft or self.draft,
-            self.trie,
-            self.catalog,
+            catalog.trie if catalog else self.trie,
+            catalog.attributes if catalog else self.catalog,
             num_rows=num_rows,
             max_history_items=self.info.max_history_items,
             max_k=max_k,

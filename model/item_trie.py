@@ -11,8 +11,8 @@ path, F filters.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from model.semantic_id import Codes, Vocabulary
 Tensor = torch.Tensor
 ROOT = 0
 ANY_NODE = 2  # the root's first child: what padding steps into
+_TABLES = ("leaf_start", "first_child", "run_end", "code", "depth", "column", "item_tokens")
 
 
 class Availability(NamedTuple):
@@ -55,6 +56,14 @@ class Run(NamedTuple):
 class ItemTrie:
     """Prefix tree of all valid semantic IDs."""
 
+    leaf_start: Tensor
+    first_child: Tensor
+    run_end: Tensor
+    code: Tensor
+    depth: Tensor
+    column: Tensor
+    item_tokens: Tensor
+
     def __init__(self, codes: npt.NDArray[np.int64], vocabulary: Vocabulary, device: torch.device | str = "cpu"):
         """`codes` [N, L] in any order, distinct, inside the codebooks. Raises ValueError otherwise."""
         sizes = np.array(vocabulary.codebook_sizes)
@@ -67,28 +76,52 @@ class ItemTrie:
         starts = _node_starts(columns)
         if len(starts[-1]) != len(codes):
             raise ValueError("semantic IDs must be distinct")
-        self.vocabulary, self.num_items, self.num_levels = vocabulary, len(codes), len(sizes)
-        self.item_of_leaf = order.astype(np.int32)
-        self.sorted_codes = np.ascontiguousarray(columns.T)
-        # For one look-up at a time NumPy's search is slow, and copies a column that is not of the code's type.
-        self._columns = [self.sorted_codes[:, level].data for level in range(self.num_levels)]
         # Rows of tokens, and one item's worth of padding: a run is read a whole row wide from wherever it starts.
-        tokens = np.full((len(codes) + 1, self.num_levels + 1), vocabulary.list_separator, dtype=np.int32)
-        tokens[:-1, :-1] = self.sorted_codes
+        tokens = np.full((len(codes) + 1, len(sizes) + 1), vocabulary.list_separator, dtype=np.int32)
+        tokens[:-1, :-1] = columns.T
         tokens[:-1, :-1] += np.array(vocabulary.level_offsets, dtype=np.int32)
         tokens[-1] = tokens[-2]
-        self.item_tokens = torch.from_numpy(tokens).to(device)
-        tables = _node_tables(columns, starts)
-        self.leaf_start, self.first_child, self.run_end, self.code, self.depth = (
-            torch.from_numpy(table).to(device) for table in tables
-        )
-        self.num_nodes = len(self.depth)
-        self.first_leaf = self.num_nodes - 2 - len(codes)
+        tables = dict(zip(_TABLES, _node_tables(columns, starts), strict=False))
         first_column = np.array([0, *np.cumsum([0, *sizes[:-1]])])
-        self.column = torch.from_numpy(tables[3] + first_column[tables[4]]).to(device)
+        column = tables["code"] + first_column[tables["depth"]]
+        more = {"item_of_leaf": order.astype(np.int32), "columns": np.ascontiguousarray(columns)}
+        self._adopt({**tables, **more, "column": column, "item_tokens": tokens}, vocabulary, device)
+
+    @classmethod
+    def of_tables(
+        cls, tables: Mapping[str, npt.NDArray[Any]], vocabulary: Vocabulary, device: torch.device | str = "cpu"
+    ) -> "ItemTrie":
+        """The trie whose `tables` these are, without building anything."""
+        trie = cls.__new__(cls)
+        trie._adopt(tables, vocabulary, device)
+        return trie
+
+    def _adopt(
+        self, tables: Mapping[str, npt.NDArray[Any]], vocabulary: Vocabulary, device: torch.device | str
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.num_levels, self.num_items = tables["columns"].shape
+        self.item_of_leaf = tables["item_of_leaf"]
+        # For one look-up at a time NumPy's search is slow, and copies a column that is not of the code's type.
+        self._columns = [column.data for column in tables["columns"]]
+        self.sorted_codes = tables["columns"].T
+        for name in _TABLES:
+            setattr(self, name, torch.from_numpy(tables[name]).to(device))
+        self.num_nodes = len(self.depth)
+        self.first_leaf = self.num_nodes - 2 - self.num_items
         self._window = torch.arange(vocabulary.max_codebook_size + 1, device=device)
         self._places = torch.arange(self.num_levels + 1, device=device) - 1
         self._one = torch.ones(1, dtype=torch.int64, device=device)
+
+    def tables(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything that was built, by name: what `of_tables` takes."""
+        of_nodes = {name: getattr(self, name).cpu().numpy() for name in _TABLES}
+        return {**of_nodes, "item_of_leaf": self.item_of_leaf, "columns": np.ascontiguousarray(self.sorted_codes.T)}
+
+    def leaves(self, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Leaves of the items among `codes` [M, L], which may hold codes of no item; ascending and distinct."""
+        found = (self.leaf(tuple(each)) for each in codes.tolist())
+        return np.array(sorted({leaf for leaf in found if leaf is not None}), dtype=np.int64)
 
     @property
     def device(self) -> torch.device:

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import httpx
 from pydantic import ValidationError
-from redis.exceptions import RedisError
 
-from service.api.catalog_codec import ACTIVE_KEY
-from service.api.redis_cache import connect
+from service.catalog_codec import ACTIVE_KEY
+from service.redis_client import REDIS_ERRORS, close, connect
 from service.schemas import WorkerInfo
 from service.settings import Settings, mask_url
 
@@ -41,11 +40,10 @@ async def _redis(settings: Settings) -> Finding:
     what, client = f"redis {mask_url(url)}", connect(url, TIMEOUT_SECONDS)
     try:
         active = await client.get(ACTIVE_KEY)
-    except RedisError as error:
+    except REDIS_ERRORS as error:
         return Finding(what, False, f"not reachable ({type(error).__name__})")
     finally:
-        await client.aclose()
-        await client.connection_pool.disconnect()
+        await close(client)
     if active is None:
         return Finding(what, False, "reachable, but no catalog is published (padrec publish)")
     version = active.decode("ascii", "replace") if isinstance(active, bytes) else active

@@ -1,4 +1,4 @@
-"""The command `padrec`: serve | api | worker | publish | check | train | bench | bundle.
+"""The command `padrec`: serve | api | worker | publish | stock | key | check | train | bench | bundle.
 
 Reads flags, environment and file into settings and hands over. Knows nothing of how anything works, and imports a
 process's code only when that process is asked for: the API runs without torch.
@@ -28,6 +28,8 @@ Flags = dict[str, Any]
 FORWARDED = {
     ("train",): ("model.train.run", "train a bundle from a recipe (TOML)"),
     ("bench", "serve"): ("service.bench_serve", "HTTP load against a running service"),
+    ("bench", "redis"): ("service.bench_redis", "memory and look-up time of a catalog in Redis"),
+    ("bench", "swap"): ("service.bench_swap", "how long a catalog swap holds up a worker"),
     ("bench", "decode"): ("model.bench.decode", "speculative against plain decoding, without HTTP"),
     ("bench", "trie"): ("model.bench.trie", "the item trie from 10^4 to 10^7 items against nested dictionaries"),
     ("bench", "peers"): ("model.bench.peers.run", "other engines on the same target and requests"),
@@ -35,10 +37,15 @@ FORWARDED = {
 }
 
 _COMMON = ("log_level",)
-_HTTP = ("host", "port", "drain_seconds", "finish_seconds", "otlp_endpoint", "trace_percent", *_COMMON)
-_ENGINE = ("bundle", "num_rows", "max_waiting", "threads", "device", "dtype", "max_k", "shadow_percent")
+_HTTP = (
+    "host", "port", "metrics_port", "drain_seconds", "finish_seconds", "poll_seconds", "otlp_endpoint", "trace_percent",
+    *_COMMON,
+)  # fmt: skip
+_ENGINE = (
+    "bundle", "num_rows", "max_waiting", "max_wait_ms", "threads", "device", "dtype", "max_k", "shadow_percent",
+)  # fmt: skip
 _API = (
-    "redis_url", "redis_timeout_ms", "worker_urls", "catalog_file", "poll_seconds", "max_body_bytes", "body_seconds",
+    "redis_url", "redis_timeout_ms", "worker_urls", "catalog_file", "api_keys_file", "max_body_bytes", "body_seconds",
     "max_history_items", "max_exclude_items", "max_k", "default_k", "deadline_ms", "max_in_flight", "lru_items",
 )  # fmt: skip
 
@@ -89,13 +96,23 @@ def _parser() -> argparse.ArgumentParser:
     serve = add("serve", "Valkey, worker and API on this machine", _serve, (*_ENGINE, *_HTTP))
     serve.add_argument("--external-redis", metavar="URL", help="use this Redis instead of a Valkey of our own")
     add("api", "the API process", _api, (*_HTTP, *_API))
-    add("worker", "the worker process", _worker, (*_ENGINE, *_HTTP))
-    add("publish", "write a catalog to Redis and make it the active version", _publish, ("bundle", "redis_url"))
+    add("worker", "the worker process", _worker, (*_ENGINE, *_HTTP, "redis_url"))
+    publish = add(
+        "publish", "write a catalog to Redis and make it the active version", _publish, ("bundle", "redis_url")
+    )
+    publish.add_argument("--catalog", type=Path, metavar="FILE", help="a catalog.jsonl within the active codebooks")
+    publish.add_argument("--rollback", action="store_true", help="make the version before the active one active again")
+    stock = add("stock", "say which items are out of stock, without a new version", _stock, ("redis_url",))
+    stock.add_argument("--out", nargs="+", default=[], metavar="ITEM", help="these may not be recommended")
+    stock.add_argument("--back", nargs="+", default=[], metavar="ITEM", help="these may again")
+    key = add("key", "make an API key and its line for the keys file", _key, ())
+    key.add_argument("name", help="whose key it is")
+    key.add_argument("scopes", help="recommend, metrics, generate; several with commas")
     add("check", "print the resolved settings and try every connection", _check, tuple(Settings.model_fields))
     for words, (_, text) in FORWARDED.items():
         if len(words) == 1:
             commands.add_parser(words[0], help=text, add_help=False)
-    measure = "measure: bench serve | decode | trie | peers"
+    measure = "measure: bench serve | redis | swap | decode | trie | peers"
     commands.add_parser("bench", help=measure, add_help=False).set_defaults(run=_bench)
     return parser
 
@@ -157,18 +174,52 @@ def _worker(flags: Flags) -> int:
 
 def _publish(flags: Flags) -> int:
     from service.api.catalog_file import CatalogFileError
-    from service.api.publish import PublishError, publish
+    from service.api.publish import PublishError, publish, roll_back
 
+    catalog, rollback = flags.pop("catalog"), flags.pop("rollback")
     settings = _load(flags)
-    if settings.bundle is None:
-        raise SettingsError("setting 'bundle' (PADREC_BUNDLE, --bundle): say whose catalog to publish")
+    url = settings.redis_url.get_secret_value()
     try:
-        header = asyncio.run(publish(settings.bundle / "catalog.jsonl", settings.redis_url.get_secret_value()))
+        if rollback:
+            header = asyncio.run(roll_back(url))
+        elif catalog is not None:
+            # Without a bundle of its own it must be one that the active bundle's target can speak of.
+            header = asyncio.run(publish(catalog, url, same_codebooks=True))
+        elif settings.bundle is not None:
+            header = asyncio.run(publish(settings.bundle / "catalog.jsonl", url))
+        else:
+            raise SettingsError(
+                "setting 'bundle' (PADREC_BUNDLE, --bundle): say whose catalog to publish, or --catalog"
+            )
     except CatalogFileError as error:
         return _say(str(error), REFUSED)
     except PublishError as error:
         return _say(f"not published: {error}", FAILED)
     print(f"catalog version {header.version} is active, {header.num_items} items")  # noqa: T201 - a command's answer
+    return 0
+
+
+def _stock(flags: Flags) -> int:
+    from service.api.publish import PublishError, set_stock
+
+    out, back = flags.pop("out"), flags.pop("back")
+    settings = _load(flags)
+    try:
+        number, known = asyncio.run(set_stock(settings.redis_url.get_secret_value(), out=out, back=back))
+    except PublishError as error:
+        return _say(f"not changed: {error}", FAILED)
+    print(f"{number} items are out of stock, {known} of them in the active catalog")  # noqa: T201
+    return 0
+
+
+def _key(flags: Flags) -> int:
+    from service.keys import KeysError, new_key
+
+    try:
+        key, line = new_key(flags["name"], flags["scopes"])
+    except KeysError as error:
+        return _say(str(error), REFUSED)
+    print(f"key, shown once:  {key}\nline of the file: {line}")  # noqa: T201 - a command's answer
     return 0
 
 
@@ -185,7 +236,7 @@ def _check(flags: Flags) -> int:
 
 def _bench(flags: Flags) -> int:
     del flags
-    return _say("say what to measure: padrec bench serve | decode | trie | peers", REFUSED)
+    return _say("say what to measure: padrec bench serve | redis | swap | decode | trie | peers", REFUSED)
 
 
 if __name__ == "__main__":

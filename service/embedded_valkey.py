@@ -89,7 +89,7 @@ def start_valkey(folder: Path, *, max_memory: str = "256mb", timeout: float = 10
     process = child.spawn([str(binary), *arguments], output=subprocess.DEVNULL, errors=subprocess.DEVNULL)
     server = ValkeyProcess(process, path)
     deadline = time.monotonic() + timeout
-    while not _answers(path):
+    while not answers(path):
         if not server.alive or time.monotonic() > deadline:
             why = "ended at once" if not server.alive else f"does not answer after {timeout:g} s"
             server.stop()
@@ -98,7 +98,8 @@ def start_valkey(folder: Path, *, max_memory: str = "256mb", timeout: float = 10
     return server
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
+    """Whether the server behind a socket answers PING within a second."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(1.0)
         try:

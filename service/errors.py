@@ -2,6 +2,8 @@
 
     PadrecError
     ├── BadBody 400             the body is not strict UTF-8 JSON
+    ├── Unauthorized 401        no API key, or one that is not valid
+    ├── Forbidden 403           an API key without the scope this takes
     ├── BodyTimeout 408         the body did not arrive in time
     ├── BodyTooLarge 413
     ├── WrongContentType 415
@@ -17,6 +19,7 @@ No message here may carry a value taken from a request: problems never echo inpu
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +75,7 @@ class PadrecError(Exception):
         """Headers beside the body: whole seconds of Retry-After where a retry may help."""
         if self.retry_after is None:
             return {}
-        return {"Retry-After": str(max(1, round(self.retry_after)))}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
 class InternalError(PadrecError):
@@ -92,6 +95,17 @@ class HttpError(PadrecError):
 
 class BadBody(PadrecError):
     status, slug, title, outcome = 400, "malformed-body", "Malformed body", "rejected"
+
+
+class Unauthorized(PadrecError):
+    status, slug, title, outcome = 401, "unauthorized", "API key needed", "rejected"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(PadrecError):
+    status, slug, title, outcome = 403, "forbidden", "Not allowed", "rejected"
 
 
 class BodyTimeout(PadrecError):

@@ -4,6 +4,7 @@ Labels hold routes, outcomes, stages and versions: never an ID of a request, use
 no tensors: others hand in numbers.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -113,6 +114,24 @@ class ApiMetrics(HttpMetrics):
             ("reason",),
             registry=registry,
         )
+        self.worker_restarts = Counter(
+            f"{PREFIX}_worker_restarts_total",
+            "Times another process answered where a worker was known",
+            ("worker",),
+            registry=registry,
+        )
+        self.worker_ejections = Counter(
+            f"{PREFIX}_worker_ejections_total",
+            "Times a worker that failed again and again was left alone",
+            ("worker",),
+            registry=registry,
+        )
+
+    def forget_worker(self, worker: str) -> None:
+        """Its address may never come back; a label for ever would be a leak."""
+        for metric in (self.worker_up, self.worker_restarts, self.worker_ejections):
+            with contextlib.suppress(KeyError):
+                metric.remove(worker)
 
     def set_catalog(self, version: str, num_items: int) -> None:
         self.catalog_version_info.clear()
@@ -204,6 +223,15 @@ class WorkerMetrics(HttpMetrics):
             ("kind",),
             registry=registry,
         )
+        self.catalog_swaps = Counter(
+            f"{PREFIX}_catalog_swaps_total",
+            "New catalog versions taken up, refused for what they are, or not readable",
+            ("result",),
+            registry=registry,
+        )
+        self.items_out_of_stock = Gauge(
+            f"{PREFIX}_items_out_of_stock", "Items of the served catalog that may not be recommended", registry=registry
+        )
         self.warmup = Gauge(f"{PREFIX}_warmup_seconds", "From process start to ready", registry=registry)
 
     @staticmethod
@@ -215,10 +243,9 @@ class WorkerMetrics(HttpMetrics):
             registry=registry,
         )
 
-    def set_queue(self, running: int, waiting: int, oldest_wait_seconds: float) -> None:
-        self.running_requests.set(running)
-        self.queue_requests.set(waiting)
-        self.queue_oldest_age.set(oldest_wait_seconds)
+    def set_model(self, name: str, model_version: str, catalog_version: str) -> None:
+        self.model_info.clear()
+        self.model_info.labels(name, model_version, catalog_version).set(1)
 
 
 def new_registry() -> CollectorRegistry:

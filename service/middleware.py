@@ -34,6 +34,7 @@ from service.errors import (
     WrongContentType,
     problem_bytes,
 )
+from service.keys import Keys
 from service.metrics import HttpMetrics
 from service.probes import Drain
 
@@ -65,11 +66,14 @@ class Ticket:
 class Door:
     """Wraps a whole application: gives each request a Ticket and sees that it is answered, counted and logged."""
 
-    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, drain: Drain, spans: tracing.Spans) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: HttpMetrics, drain: Drain, spans: tracing.Spans, keys: Keys | None = None
+    ) -> None:
         self.app = app
         self.metrics = metrics
         self.drain = drain
         self.spans = spans
+        self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,7 +96,11 @@ class Door:
         self.drain.in_flight += 1
         self.metrics.inflight.inc()
         try:
+            if self.keys is not None and (name := self.keys.admit(scope["path"], scope["headers"])):
+                ticket.fields["key"] = name
             await self.app(scope, receive, send_stamped)
+        except PadrecError as error:  # of the keys: what happens inside has been answered inside
+            await problem_response(error, ticket)(scope, receive, send_stamped)
         except Exception as exc:
             logger.error("request crashed", extra=log.crash_fields(exc))
             ticket.outcome = "error"
@@ -153,22 +161,31 @@ class Admission:
         self.drain = drain
         self.metrics = metrics
         self.running = 0
+        self._stay_seconds = 0.0
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Raises Draining or Overloaded."""
+    def admit(self, count: int = 1) -> Iterator[None]:
+        """Room for `count` requests while the block runs. Raises Draining or Overloaded."""
         if self.drain.refusing:
             raise self.refused(Draining("This process is shutting down."))
-        if self.running >= self.limit:
-            raise self.refused(Overloaded("Too many requests are being worked on."))
-        self.running += 1
+        if self.running + count > self.limit:
+            refusal = Overloaded("Too many requests are being worked on.", retry_after=self._retry_after(count))
+            raise self.refused(refusal)
+        self.running += count
+        started = time.monotonic()
         try:
             yield
         finally:
-            self.running -= 1
+            self.running -= count
+            self._stay_seconds += 0.1 * (time.monotonic() - started - self._stay_seconds)
 
-    def refused(self, error: Busy) -> Busy:
-        self.metrics.rejections.labels(error.slug).inc()
+    def _retry_after(self, count: int) -> float:
+        """Seconds until `count` should have left: of a full house one leaves every `stay / limit`."""
+        return self._stay_seconds * min(1.0, (self.running + count - self.limit) / self.limit)
+
+    def refused(self, error: Busy, reason: str | None = None) -> Busy:
+        """Count a refusal; `reason` where the error's name does not say enough."""
+        self.metrics.rejections.labels(reason or error.slug).inc()
         return error
 
 

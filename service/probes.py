@@ -4,12 +4,13 @@ Liveness asks whether the process should be killed: it stays 200 while draining.
 requests here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, start_http_server
 
 from service.metrics import exposition
 
@@ -36,10 +37,9 @@ def probe_routes(
     drain: Drain,
     alive: Callable[[], Health],
     ready: Callable[[], Health],
-    registry: CollectorRegistry,
-    before_scrape: Callable[[], None] = lambda: None,
+    registry: CollectorRegistry | None,
 ) -> APIRouter:
-    """The three routes. `before_scrape` may refresh gauges."""
+    """The three routes; without a `registry` /metrics is not among them (it has a port of its own)."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/healthz", summary="Is the process alive?")
@@ -53,12 +53,28 @@ def probe_routes(
             health = Health(False, {**health.checks, "drain": "draining"})
         return _answer(health, "ready", "unready")
 
-    @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-    async def metrics() -> Response:
-        before_scrape()
-        return Response(exposition(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+    if registry is not None:
+
+        @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+        async def metrics() -> Response:
+            return Response(exposition(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
+
+
+@contextmanager
+def metrics_server(host: str, port: int, registry: CollectorRegistry) -> Iterator[None]:
+    """/metrics on a port of its own while the block runs; port 0: nothing. Raises OSError where the port is taken."""
+    if not port:
+        yield
+        return
+    server, thread = start_http_server(port, host, registry)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _answer(health: Health, yes: str, no: str) -> JSONResponse:

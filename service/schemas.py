@@ -98,6 +98,10 @@ RECOMMEND_EXAMPLES: dict[str, Any] = {
     "cold start": {"summary": "No history: popular items", "value": {"history": [], "k": 3}},
 }
 
+BATCH_EXAMPLES: dict[str, Any] = {
+    "two users": {"value": {"requests": [{"history": ["50", "181"], "k": 5}, {"history": ["174"]}], "deadline_ms": 800}}
+}
+
 
 class RecommendRequest(_Body):
     """What a product backend asks. Read-only: the same request may be sent again at any time."""
@@ -192,6 +196,18 @@ class RecommendResponse(_Body):
     degraded: list[Degraded]
 
 
+MAX_BATCH = 32
+
+
+class RecommendBatch(_Body):
+    """Several requests at once. Each is admitted, answered and refused on its own."""
+
+    requests: list[Any] = Field(min_length=1, max_length=MAX_BATCH, description="Each a RecommendRequest.")
+    deadline_ms: int | None = Field(
+        None, ge=1, le=60_000, description="For all of them; a smaller one of their own wins."
+    )
+
+
 class ProblemError(_Body):
     pointer: str
     reason: str
@@ -207,6 +223,21 @@ class Problem(BaseModel):
     retryable: bool
     errors: list[ProblemError]
     request_id: str
+
+
+class BatchResult(_Body):
+    """What became of one request of a batch: its `answer`, or its `problem`."""
+
+    status: int
+    answer: RecommendResponse | None = None
+    problem: Problem | None = None
+
+
+class RecommendBatchResponse(_Body):
+    """`results` in the order of the requests."""
+
+    request_id: str
+    results: list[BatchResult]
 
 
 class GenerateRequest(_Body):
@@ -269,6 +300,7 @@ class WorkerInfo(_Body):
     limits: WorkerLimits
     in_flight: int = Field(ge=0)
     waiting: int = Field(ge=0)
+    instance: str = Field("", max_length=64, description="another one after every restart")
 
 
 def parse_recommend(document: Any, settings: Settings) -> RecommendRequest:

@@ -20,7 +20,7 @@ import httpx
 
 from service import child
 from service.api.publish import PublishError, publish
-from service.embedded_valkey import start_valkey
+from service.embedded_valkey import answers, start_valkey
 from service.settings import Settings, SettingsError
 from service.supervisor import Child, Supervisor, free_port, stop_on_signals
 
@@ -74,12 +74,14 @@ class _Plan:
         self._announced, self._next_look = False, 0.0
 
     def children(self) -> list[Child]:
-        api = Child("api", self.start_api, stop_seconds=self.settings.drain_seconds + self.settings.finish_seconds + 5)
-        worker = Child("worker", self.start_worker, stop_seconds=self.settings.finish_seconds + 5)
+        drain, finish = self.settings.drain_seconds, self.settings.finish_seconds
+        api = Child("api", self.start_api, drain + finish + 5, lambda: is_alive(self.settings.host, self.port))
+        worker = Child("worker", self.start_worker, finish + 5, lambda: is_alive(LOOPBACK, self.worker_port))
         if self.external_redis:
             self.publish()
             return [worker, api]
-        return [Child("valkey", self.start_valkey), worker, api]
+        valkey = Child("valkey", self.start_valkey, healthy=lambda: answers(self.private / "valkey.sock"))
+        return [valkey, worker, api]
 
     def start_valkey(self) -> subprocess.Popen[bytes]:
         server = start_valkey(self.private)
@@ -96,7 +98,7 @@ class _Plan:
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         # Nobody but our API asks this worker, and that has stopped before: it need not wait to be noticed.
-        return self._start("worker", LOOPBACK, self.worker_port, "--drain-seconds", "0")
+        return self._start("worker", LOOPBACK, self.worker_port, "--drain-seconds", "0", "--metrics-port", "0")
 
     def start_api(self) -> subprocess.Popen[bytes]:
         return self._start("api", self.settings.host, self.port)
@@ -108,7 +110,9 @@ class _Plan:
 
     def _wiring(self) -> dict[str, str]:
         # By environment, not by flags: a Redis URL may hold a password, and flags are for everyone to see.
+        key = self.settings.worker_key
         return {
+            **({"PADREC_WORKER_KEY": key.get_secret_value()} if key else {}),
             "PADREC_REDIS_URL": self.redis_url,
             "PADREC_WORKER_URLS": f"http://{LOOPBACK}:{self.worker_port}",
             "PADREC_CATALOG_FILE": str(self.catalog_file),
@@ -119,7 +123,7 @@ class _Plan:
         if self._announced or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + 0.25
-        url = f"http://{self.settings.host}:{self.port}"
+        url = f"http://{_reachable(self.settings.host)}:{self.port}"
         if is_ready(url):
             self._announced = True
             print(f"padrec serves on {url} (try {url}/docs)", flush=True)  # noqa: T201 - a command's answer
@@ -161,9 +165,23 @@ def is_ready(url: str) -> bool:
         return False
 
 
+def is_alive(host: str, port: int) -> bool:
+    """Whether a process of ours answers, and says that it is alive."""
+    try:
+        return httpx.get(f"http://{_reachable(host)}:{port}/healthz", timeout=1.0, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _reachable(host: str) -> str:
+    """Where a process that listens on `host` answers: "every address" is none to connect to."""
+    here = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)
+    return f"[{here}]" if ":" in here else here
+
+
 def environment(settings: Settings) -> Mapping[str, str]:
     """The settings that were given, as PADREC_* variables for a process that is to have the same."""
-    values = settings.model_dump(mode="json", include=settings.model_fields_set - {"redis_url"})
+    values = settings.model_dump(mode="json", include=settings.model_fields_set - {"redis_url", "worker_key"})
     return {
         f"PADREC_{name.upper()}": ",".join(value) if isinstance(value, list) else str(value)
         for name, value in values.items()

@@ -18,6 +18,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from service.redis_client import url_fault
+
 CONFIG_VARIABLE = "PADREC_CONFIG"
 
 
@@ -32,6 +34,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    metrics_port: int = Field(0, ge=0, le=65535, description="a port of its own for /metrics; 0: on the same port")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_seconds: float = Field(2.0, ge=0, le=120, description="after SIGTERM: time unready but still serving")
     finish_seconds: float = Field(10.0, ge=0, le=300, description="after that: time for running requests to finish")
@@ -42,13 +45,22 @@ class Settings(BaseSettings):
     bundle: Path | None = Field(None, description="bundle folder")
     catalog_file: Path | None = Field(None, description="durable copy of the catalog for the API")
     redis_url: SecretStr = Field(
-        SecretStr("redis://127.0.0.1:6379/0"), description="redis://, rediss:// or unix:// URL"
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL",
     )
     redis_timeout_ms: int = Field(50, ge=1, le=5000)
     worker_urls: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("http://127.0.0.1:8001",), min_length=1, description="comma-separated worker URLs"
+        ("http://127.0.0.1:8001",),
+        min_length=1,
+        description="comma-separated worker URLs; a name stands for all its addresses",
     )
-    poll_seconds: float = Field(0.5, gt=0, le=60, description="how often the API looks at its workers and at Redis")
+    worker_key: SecretStr | None = Field(
+        None, min_length=16, description="secret between API and workers; of several, the API shows the first"
+    )
+    api_keys_file: Path | None = Field(None, description="keys and their scopes; once set, all but health needs one")
+    poll_seconds: float = Field(
+        0.5, gt=0, le=60, description="how often a process looks at Redis, and the API at its workers"
+    )
 
     max_body_bytes: int = Field(1 << 20, ge=1024, le=1 << 26)
     body_seconds: float = Field(5.0, gt=0, le=60, description="time a client has to send its body")
@@ -68,6 +80,7 @@ class Settings(BaseSettings):
         0.0, ge=0, le=100, description="share of lists written again without speculation, to compare"
     )
     max_waiting: int = Field(128, ge=0, le=100_000, description="requests the worker lets wait")
+    max_wait_ms: int = Field(10_000, ge=1, le=600_000, description="predicted wait the worker's line may reach")
 
     @field_validator("worker_urls", mode="before")
     @classmethod
@@ -93,8 +106,8 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, value: SecretStr) -> SecretStr:
-        if urlsplit(value.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
-            raise ValueError("must start with redis://, rediss:// or unix://")
+        if fault := url_fault(value.get_secret_value()):
+            raise ValueError(fault)
         return value
 
     @model_validator(mode="after")
@@ -120,6 +133,7 @@ class Settings(BaseSettings):
     def masked(self) -> dict[str, Any]:
         """The resolved settings as plain values, passwords replaced by `***`."""
         plain = self.model_dump(mode="json")
+        plain["worker_key"] = "***" if self.worker_key else None
         plain["redis_url"] = mask_url(self.redis_url.get_secret_value())
         plain["otlp_endpoint"] = self.otlp_endpoint and mask_url(self.otlp_endpoint)
         plain["worker_urls"] = [mask_url(url) for url in self.worker_urls]

@@ -1,4 +1,4 @@
-"""Supervisor: processes of one machine, started in order, restarted when they die, stopped in reverse.
+"""Supervisor: processes of one machine, started in order, replaced when they die or hang, stopped in reverse.
 
 Kubernetes does this in production; this is for a laptop. Knows processes and ports; nothing of what they serve.
 """
@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,20 +28,26 @@ class PortTaken(RuntimeError):
 
 @dataclass
 class Child:
-    """One process to keep alive. `stop_seconds`: how long it may take to finish its work after SIGTERM."""
+    """One process to keep alive. `stop_seconds`: how long it may take to finish its work after SIGTERM. `healthy` asks
+    it how it is, within a second or so; it is called on another thread than `start`."""
 
     name: str
     start: Callable[[], subprocess.Popen[bytes]]
     stop_seconds: float = 10.0
+    healthy: Callable[[], bool] | None = None
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     failures: int = field(default=0, init=False)
     started: float = field(default=0.0, init=False)
     restart_at: float | None = field(default=None, init=False)
+    was_healthy: bool = field(default=False, init=False)
+    unwell_since: float | None = field(default=None, init=False)
+    unwell_answers: int = field(default=0, init=False)
 
 
 class Supervisor:
     """Keeps children running. Backoff doubles from `first_backoff` to 10 s; a child that ends `max_failures` times
-    without having lived `steady_seconds` in between is a crash loop and ends everything."""
+    without having lived `steady_seconds` in between is a crash loop and ends everything. One that was healthy and has
+    not been for `hung_seconds`, or has not become so `starting_seconds` after its start, is killed."""
 
     def __init__(
         self,
@@ -49,12 +56,16 @@ class Supervisor:
         max_failures: int = 5,
         first_backoff: float = 0.1,
         steady_seconds: float = 30.0,
+        hung_seconds: float = 5.0,
+        starting_seconds: float = 300.0,
         on_round: Callable[[], None] = lambda: None,
     ) -> None:
         self.children = list(children)
         self.max_failures, self.first_backoff, self.steady_seconds = max_failures, first_backoff, steady_seconds
+        self.hung_seconds, self.starting_seconds = hung_seconds, starting_seconds
         self.on_round = on_round
         self._stopping = False
+        self._over = threading.Event()
 
     def request_stop(self) -> None:
         """Safe to call from a signal handler; `run` stops the children and returns."""
@@ -65,11 +76,14 @@ class Supervisor:
 
         Must run in the main thread (see `child.spawn`).
         """
+        # On a thread of its own: a process that hangs takes its time to say nothing.
+        looking = threading.Thread(target=self._look, name="health", daemon=True)
         try:
             for each in self.children:
                 if self._stopping:
                     break
                 self._start(each)
+            looking.start()
             while not self._stopping:
                 for each in self.children:
                     status = self._watch(each)
@@ -79,10 +93,34 @@ class Supervisor:
                 time.sleep(_POLL_SECONDS)
             return 0
         finally:
+            self._over.set()
             self._stop_all()
+
+    def _look(self) -> None:
+        while not self._over.wait(self.hung_seconds / 10):
+            for each in self.children:
+                process = each.process
+                if each.healthy is None or process is None or process.poll() is not None:
+                    continue
+                healthy = each.healthy()
+                if process is not each.process:
+                    continue
+                if healthy:
+                    each.was_healthy, each.unwell_since, each.unwell_answers = True, None, 0
+                else:
+                    each.unwell_since = each.unwell_since or time.monotonic()
+                    each.unwell_answers += 1
+
+    def _hangs(self, each: Child) -> bool:
+        """Not by the clock alone: when the whole machine slept, nobody was asked."""
+        if each.unwell_since is None or each.unwell_answers < 3:
+            return False
+        allowed = self.hung_seconds if each.was_healthy else self.starting_seconds
+        return time.monotonic() - each.unwell_since >= allowed
 
     def _start(self, each: Child) -> None:
         each.restart_at = None
+        each.was_healthy, each.unwell_since, each.unwell_answers = False, None, 0
         each.started = time.monotonic()
         each.process = each.start()
         logger.info("started", extra={"child": each.name, "pid": each.process.pid})
@@ -96,6 +134,10 @@ class Supervisor:
         assert each.process is not None, "watched before it was started"
         status = each.process.poll()
         if status is None:
+            if self._hangs(each):
+                logger.error("%s hangs; replacing it", each.name)
+                each.unwell_since = None
+                each.process.kill()  # a stopped process does not hear anything milder
             return None
         if status == REFUSED:
             logger.error("%s refused to start; its message is above", each.name)

@@ -1,33 +1,38 @@
-"""FilterTable: filters compiled to counts of passing leaves, shared by the rows that use them.
+"""FilterTable: filters and stock compiled to counts of passing leaves, shared by the rows that use them.
 
-Slot 0 is "every item in stock"; a further slot is taken per distinct filter and kept until another needs the room.
-Attributes are columns, so that a filter new to ten million items does not hold up the rows being decoded: numbers an
-array, categories the leaves of each value. The slow twin is `leaves_by_search`. Knows catalogs and tries; nothing of
-models.
+Slot 0 is "every item"; a further slot is taken per distinct filter and kept until another needs the room. What is in
+stock is part of every slot compiled from then on: rows keep the slot they began with. Attributes are columns, so that a
+filter new to ten million items does not hold up the rows being decoded: numbers an array, categories the leaves of each
+value. The slow twin is `leaves_by_search`. Knows catalogs and tries; nothing of models.
 """
 
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from model.catalog import Catalog
 from model.decoding.request import CategoryFilter, InvalidRequest, RangeFilter
 from model.item_trie import ItemTrie
 
 Filters = Mapping[str, CategoryFilter | RangeFilter]
-Key = tuple[tuple[str, CategoryFilter | RangeFilter], ...]
+Key = tuple[int, tuple[tuple[str, CategoryFilter | RangeFilter], ...]]
 Leaves = npt.NDArray[np.bool_]
 
 
 class Numbers:
     """A number attribute as an array over leaves. NaN: the item has none."""
 
-    def __init__(self, values: Iterable[float | None]) -> None:
-        self.values = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    def __init__(self, values: npt.NDArray[np.float64]) -> None:
+        self.values = values
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> "Numbers":
+        return cls(np.array([np.nan if value is None else value for value in values], dtype=np.float64))
 
     def passing(self, wanted: RangeFilter) -> Leaves:
         passing = ~np.isnan(self.values)
@@ -39,21 +44,28 @@ class Numbers:
 
 
 class Categories:
-    """A category attribute as the leaves that carry each of its values."""
+    """A category attribute as the leaves that carry each of its values, one behind the other."""
 
-    def __init__(self, values: Iterable[list[str] | None]) -> None:
+    def __init__(self, num_leaves: int, names: Iterable[str], carriers: npt.NDArray[np.int32], ends: Iterable[int]):
+        """`carriers` holds the leaves of the first of `names`, up to the first of `ends`, then those of the second."""
+        self.num_leaves, self.carriers = num_leaves, carriers
+        self.ends = dict(zip(names, ends, strict=True))
+        starts = [0, *self.ends.values()]
+        self.leaves = {n: carriers[start:end] for (n, end), start in zip(self.ends.items(), starts, strict=False)}
+
+    @classmethod
+    def of(cls, values: Iterable[list[str] | None]) -> "Categories":
         number: dict[str, int] = {}
         carried, carrier = array("i"), array("i")
-        self.num_leaves = 0
+        num_leaves = 0
         for leaf, of_item in enumerate(values):
-            self.num_leaves += 1
+            num_leaves += 1
             for value in of_item or ():
                 carried.append(number.setdefault(value, len(number)))
                 carrier.append(leaf)
         numbers = np.array(carried, dtype=np.int32)
         by_value = np.array(carrier, dtype=np.int32)[np.argsort(numbers, kind="stable")]
-        ends = np.bincount(numbers).cumsum()  # nothing lies behind the last one
-        self.leaves = dict(zip(number, np.split(by_value, ends), strict=False))
+        return cls(num_leaves, number, by_value, np.bincount(numbers, minlength=len(number)).cumsum().tolist())
 
     def passing(self, wanted: CategoryFilter) -> Leaves:
         passing = np.zeros(self.num_leaves, dtype=bool)
@@ -63,53 +75,85 @@ class Categories:
         return passing
 
 
+class Attributes:
+    """The attributes of a catalog version, as columns over the leaves of its trie."""
+
+    def __init__(self, numbers: Mapping[str, Numbers], categories: Mapping[str, Categories]) -> None:
+        self.numbers, self.categories = numbers, categories
+
+    @classmethod
+    def of(cls, catalog: Catalog, trie: ItemTrie) -> "Attributes":
+        by_leaf = [catalog.items[item].attributes for item in trie.item_of_leaf.tolist()]
+        numbers: dict[str, Numbers] = {}
+        categories: dict[str, Categories] = {}
+        for name, entry in catalog.attribute_schema().items():
+            values: list[Any] = [attributes.get(name) for attributes in by_leaf]
+            if entry["type"] == "categories":
+                categories[name] = Categories.of(values)
+            else:
+                numbers[name] = Numbers.of(values)
+        return cls(numbers, categories)
+
+
+class Stock(NamedTuple):
+    """Which leaves can be had, and the same as counts by node: `compile_stock` may run on any thread."""
+
+    leaves: Leaves
+    passing: torch.Tensor
+
+
+def compile_stock(trie: ItemTrie, out: npt.NDArray[np.int64]) -> Stock:
+    """The stock without the leaves `out`."""
+    leaves = np.ones(trie.num_items, dtype=bool)
+    leaves[out] = False
+    return Stock(leaves, trie.passing(leaves))
+
+
 class FilterTable:
     """`passing` [F, V] on the trie's device. One slot more than rows, so that every row can have a filter."""
 
-    def __init__(self, catalog: Catalog, trie: ItemTrie, num_rows: int) -> None:
+    def __init__(self, catalog: Catalog | Attributes, trie: ItemTrie, num_rows: int) -> None:
         self.trie, self.num_slots = trie, num_rows + 1
         self.passing = self._room = trie.passing()[None]
-        self._schema = catalog.attribute_schema()
-        by_leaf = [catalog.items[item].attributes for item in trie.item_of_leaf.tolist()]
-        self._numbers: dict[str, Numbers] = {}
-        self._categories: dict[str, Categories] = {}
-        for name, entry in self._schema.items():
-            values: list[Any] = [attributes.get(name) for attributes in by_leaf]
-            if entry["type"] == "categories":
-                self._categories[name] = Categories(values)
-            else:
-                self._numbers[name] = Numbers(values)
+        self.attributes = catalog if isinstance(catalog, Attributes) else Attributes.of(catalog, trie)
+        self._stock: Stock | None = None
+        self._stock_number = 0
         self._slots: OrderedDict[Key, int] = OrderedDict()
         self._users: dict[int, int] = {}
+
+    def set_stock(self, stock: Stock | None) -> None:
+        """What slots acquired from now on let pass; None: everything."""
+        self._stock = stock
+        self._stock_number += 1
 
     def check(self, filters: Filters) -> None:
         """Raises InvalidRequest naming the filter that this catalog cannot apply. Looks at no item."""
         for name, wanted in filters.items():
-            kind = self._schema.get(name, {}).get("type")
-            if kind is None:
+            is_category = name in self.attributes.categories
+            if not is_category and name not in self.attributes.numbers:
                 raise InvalidRequest("/filters", "the catalog has no such attribute")
-            if (kind == "categories") != isinstance(wanted, CategoryFilter):
-                need = '"any"' if kind == "categories" else '"min" or "max"'
+            if is_category != isinstance(wanted, CategoryFilter):
+                need = '"any"' if is_category else '"min" or "max"'
                 raise InvalidRequest(f"/filters/{name}", f"this attribute is filtered with {need}")
 
     def leaves(self, filters: Filters) -> Leaves:
-        """Which leaves pass all filters. Raises InvalidRequest naming the filter."""
+        """Which leaves pass all filters and are in stock. Raises InvalidRequest naming the filter."""
         self.check(filters)
-        passing = np.ones(self.trie.num_items, dtype=bool)
+        passing = np.ones(self.trie.num_items, dtype=bool) if self._stock is None else self._stock.leaves.copy()
         for name, wanted in filters.items():
             if isinstance(wanted, CategoryFilter):
-                passing &= self._categories[name].passing(wanted)
+                passing &= self.attributes.categories[name].passing(wanted)
             else:
-                passing &= self._numbers[name].passing(wanted)
+                passing &= self.attributes.numbers[name].passing(wanted)
         return passing
 
     def acquire(self, filters: Filters) -> int:
         """Slot of a filter, compiled on first use; give it back with `release`."""
-        if not filters:
+        if not filters and self._stock is None:
             return 0
-        key: Key = tuple(sorted(filters.items(), key=lambda f: f[0]))
+        key: Key = (self._stock_number, tuple(sorted(filters.items(), key=lambda f: f[0])))
         if key not in self._slots:
-            row = self.trie.passing(self.leaves(filters))
+            row = self.trie.passing(self.leaves(filters)) if filters or self._stock is None else self._stock.passing
             if len(self.passing) < self.num_slots:
                 self._slots[key] = self._add_slot()
             else:

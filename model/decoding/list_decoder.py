@@ -28,7 +28,7 @@ from model.decoding.draft_tree import (
     pick,
     write_at,
 )
-from model.decoding.filters import FilterTable
+from model.decoding.filters import Attributes, FilterTable
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
 from model.decoding.rows import Gain, Rows, account
 from model.decoding.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling, noise, perturbed
@@ -69,7 +69,7 @@ class ListDecoder:
         target: Target,
         draft: Draft | None,
         trie: ItemTrie,
-        catalog: Catalog,
+        catalog: Catalog | Attributes,
         *,
         num_rows: int,
         max_history_items: int,

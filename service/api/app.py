@@ -14,13 +14,15 @@ from fastapi import FastAPI
 from service import __version__
 from service.api.catalog import Catalog
 from service.api.recommender import Recommender
-from service.api.redis_cache import RedisCache, connect
+from service.api.redis_cache import RedisCache
 from service.api.routes import add_schemas, recommend_routes
-from service.api.worker_client import WorkerClient
+from service.api.worker_client import WorkerClient, addresses, as_named
+from service.keys import Keys, KeysError
 from service.metrics import ApiMetrics, new_registry
 from service.middleware import Admission, Door, cancel, install_errors
-from service.probes import Drain, Health, probe_routes
-from service.settings import Settings
+from service.probes import Drain, Health, metrics_server, probe_routes
+from service.redis_client import connect
+from service.settings import Settings, SettingsError
 from service.tracing import Spans
 
 
@@ -30,7 +32,8 @@ def create_app(
     *,
     worker_transport: httpx.AsyncBaseTransport | None = None,
 ) -> FastAPI:
-    """The application. `worker_transport` replaces the network on the way to the workers."""
+    """The application. `worker_transport` replaces the network on the way to the workers, and its names. Raises
+    SettingsError for a keys file that cannot be used."""
     drain = drain or Drain()
     registry = new_registry()
     metrics = ApiMetrics(registry)
@@ -39,7 +42,7 @@ def create_app(
     cache = RedisCache(redis, metrics)
     catalog = Catalog(cache, settings, metrics)
     transport = worker_transport or _transport(settings)
-    workers = WorkerClient(transport, settings, metrics)
+    workers = WorkerClient(transport, settings, metrics, as_named if worker_transport else addresses)
     recommender = Recommender(catalog, workers, settings, metrics)
     spans = Spans(settings, "padrec-api", __version__, metrics)
     admission = Admission(settings.max_in_flight, drain, metrics)
@@ -50,8 +53,10 @@ def create_app(
             stack.push_async_callback(cache.close)
             stack.push_async_callback(transport.aclose)
             stack.push_async_callback(spans.close)
+            stack.enter_context(metrics_server(settings.host, settings.metrics_port, registry))
             await catalog.start()
-            await asyncio.gather(*(workers.look_at(worker) for worker in workers.workers))
+            await workers.discover()
+            await workers.look_at_all()
             for background in (catalog.follow(), workers.poll(), spans.run()):
                 stack.push_async_callback(cancel, asyncio.create_task(background))
             yield
@@ -71,7 +76,7 @@ def create_app(
         summary="Recommendations by a generative model with speculative decoding",
         lifespan=lifespan,
     )
-    app.add_middleware(Door, metrics=metrics, drain=drain, spans=spans)
+    app.add_middleware(Door, metrics=metrics, drain=drain, spans=spans, keys=_keys(settings))
     install_errors(app)
     app.include_router(recommend_routes(recommender, admission, settings))
     app.include_router(
@@ -79,7 +84,7 @@ def create_app(
             drain=drain,
             alive=lambda: Health(True, {"process": "ok"}),
             ready=ready,
-            registry=registry,
+            registry=None if settings.metrics_port else registry,
         )
     )
     plain_openapi = app.openapi
@@ -89,6 +94,13 @@ def create_app(
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def _keys(settings: Settings) -> Keys | None:
+    try:
+        return Keys.of_file(settings.api_keys_file) if settings.api_keys_file else None
+    except KeysError as exc:
+        raise SettingsError(f"setting 'api_keys_file' (PADREC_API_KEYS_FILE): {exc}") from exc
 
 
 def _transport(settings: Settings) -> httpx.AsyncHTTPTransport:

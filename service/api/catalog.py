@@ -6,28 +6,30 @@ Knows no requests: it maps IDs of one pinned catalog version.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from service.api.catalog_codec import (
+from service.api.catalog_file import CatalogFile
+from service.api.redis_cache import RedisCache, RedisDown
+from service.catalog_codec import (
     ACTIVE_KEY,
     CatalogHeader,
     CatalogItem,
     Codes,
     Corrupt,
     active_version,
-    load,
     load_sealed,
     meta_key,
     popular_key,
     seal,
+    stock_key,
+    unpack_stock,
     unseal,
 )
-from service.api.catalog_file import CatalogFile
-from service.api.redis_cache import RedisCache, RedisDown
 from service.metrics import ApiMetrics
 from service.settings import Settings
 
@@ -47,6 +49,9 @@ class Lru(Generic[K, V]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def clear(self) -> None:
+        self._entries.clear()
 
     def get(self, key: K) -> V | None:
         value = self._entries.get(key)
@@ -84,6 +89,8 @@ class CatalogVersion:
     ) -> None:
         self.header = header
         self.popular = popular
+        self.out_of_stock: frozenset[Codes] = frozenset()
+        self.stock = b""  # the same as it lies in Redis
         self._copy = copy
         self._redis = redis
         self._metrics = metrics
@@ -94,6 +101,11 @@ class CatalogVersion:
     @property
     def version(self) -> str:
         return self.header.version
+
+    def forget(self) -> None:
+        """Empty the local caches."""
+        for cache in (self._codes, self._items, self._attributes):
+            cache.clear()
 
     async def codes_of(self, item_ids: Iterable[str]) -> Mapped[str, Codes]:
         """Semantic IDs of items."""
@@ -110,7 +122,7 @@ class CatalogVersion:
         return mapped
 
     async def attributes_of(self, item_ids: Iterable[str]) -> Mapped[str, Mapping[str, Any]]:
-        return await self._map("attributes", self._attributes, item_ids, str.encode, load)
+        return await self._map("attributes", self._attributes, item_ids, str.encode, self.header.unpack_attributes)
 
     async def _map(
         self,
@@ -146,7 +158,7 @@ class CatalogVersion:
     ) -> None:
         by_key: dict[str, list[bytes]] = {}
         for name in missing:
-            by_key.setdefault(self.header.key(kind, name), []).append(name)
+            by_key.setdefault(self._key(kind, name), []).append(name)
         names = [name for group in by_key.values() for name in group]
         raws: Sequence[bytes | None] | None
         try:
@@ -154,25 +166,28 @@ class CatalogVersion:
         except RedisDown:
             raws = None
         repairs: list[tuple[str, bytes, bytes]] = []
+        counts = dict.fromkeys(("hit", "miss", "corrupt", "error"), 0)
         for i, name in enumerate(names):
             key, raw = missing[name], None if raws is None else raws[i]
             result = "error" if raws is None else "miss"
             if raw is not None:
                 try:
                     mapped.found[key] = decode(unseal(name, raw))
-                    self._count("redis", kind, "hit")
+                    counts["hit"] += 1
                     continue
                 except (Corrupt, UnicodeDecodeError):
                     result = "corrupt"
-            self._count("redis", kind, result)
+            counts[result] += 1
             spare = self._spare(kind, name)
             if spare is not None:
                 mapped.found[key] = decode(spare)
-                repairs.append((self.header.key(kind, name), name, seal(name, spare)))
+                repairs.append((self._key(kind, name), name, seal(name, spare)))
             elif result == "miss" or self._copy is not None:
                 mapped.unknown.append(key)
             else:
                 mapped.unread.append(key)
+        for result, amount in counts.items():
+            self._count("redis", kind, result, amount)
         if repairs and raws is not None:
             await self._repair(repairs)
 
@@ -185,7 +200,11 @@ class CatalogVersion:
         )
         if item is None:
             return None
-        return next(value for of, _, value in self.header.entries(item) if of == kind)
+        by_code, by_id = self.header.entries(item)[::-1]
+        return by_code[2] if kind == "sid" else by_id[2]
+
+    def _key(self, kind: str, name: bytes) -> str:
+        return self.header.key("sid" if kind == "sid" else "item", name)
 
     async def _repair(self, repairs: Sequence[tuple[str, bytes, bytes]]) -> None:
         try:
@@ -232,10 +251,13 @@ class Catalog:
     async def refresh(self) -> None:
         """Switch to the version Redis calls active; without one, to the durable copy's."""
         version = self._copy.header.version if self._copy and self.current is None else None
+        stocks = list(self._known.values())
         try:
-            raw = (await self._redis.get(ACTIVE_KEY))[0]
+            raw, *stock = await self._redis.get(ACTIVE_KEY, *(stock_key(known.version) for known in stocks))
             if raw is not None:
                 version = active_version(raw)
+            for known, sealed in zip(stocks, stock, strict=True):
+                self._take_stock(known, sealed)
         except RedisDown:
             pass
         except Corrupt:
@@ -256,6 +278,8 @@ class Catalog:
             if known is None:
                 return None
             self._known[version] = known
+            with contextlib.suppress(RedisDown):  # the next refresh asks again
+                self._take_stock(known, (await self._redis.get(stock_key(version)))[0])
             while len(self._known) > KEPT_VERSIONS:
                 self._known.popitem(last=False)
         return known
@@ -264,6 +288,16 @@ class Catalog:
         self.current = version
         self._metrics.set_catalog(version.version, version.header.num_items)
         logger.info("catalog active", extra={"catalog_version": version.version})
+
+    def _take_stock(self, known: CatalogVersion, sealed: bytes | None) -> None:
+        """Believe what Redis says is out of stock; what it does not know, or has damaged, changes nothing."""
+        if sealed is None or sealed == known.stock:
+            return
+        try:
+            known.out_of_stock = frozenset(unpack_stock(known.header, sealed))
+            known.stock = sealed
+        except Corrupt:
+            self._metrics.cache_operations.labels("redis", "stock", "corrupt").inc()
 
     def _from_copy(self, version: str) -> CatalogVersion | None:
         if self._copy is None or self._copy.header.version != version:

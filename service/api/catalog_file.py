@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.api.catalog_codec import CatalogHeader, CatalogItem, Codes, Corrupt, load
+from service.catalog_codec import CatalogHeader, CatalogItem, Codes, Corrupt, load
 
 
 class CatalogFileError(ValueError):

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from service.api.catalog_codec import CatalogItem
+from service.catalog_codec import CatalogItem, Codes
 from service.errors import Invalid, pointer
 from service.schemas import Filter
 
@@ -50,9 +50,12 @@ def most_popular(
     k: int,
     filters: Mapping[str, Filter],
     excluded: Collection[str],
+    out_of_stock: Collection[Codes] = (),
 ) -> list[CatalogItem]:
     """The first `k` of `items` (by falling popularity) that pass; looks at `MAX_SCANNED` at most."""
     chosen = (
-        item for item in islice(items, MAX_SCANNED) if item.item_id not in excluded and passes(item.attributes, filters)
+        item
+        for item in islice(items, MAX_SCANNED)
+        if item.item_id not in excluded and item.codes not in out_of_stock and passes(item.attributes, filters)
     )
     return list(islice(chosen, k))

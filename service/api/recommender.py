@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.api.catalog import Catalog, CatalogVersion, Mapped
-from service.api.catalog_codec import Codes
 from service.api.popular import check_filters, most_popular
 from service.api.worker_client import WorkerClient
+from service.catalog_codec import Codes
 from service.errors import (
     CatalogMismatch,
     CatalogUnavailable,
@@ -184,7 +184,8 @@ class Recommender:
 
     def _popular(self, work: _Work) -> RecommendResponse:
         request = work.request
-        chosen = most_popular(work.catalog.popular, work.k, request.filters, _hidden(request))
+        catalog = work.catalog
+        chosen = most_popular(catalog.popular, work.k, request.filters, _hidden(request), catalog.out_of_stock)
         if not chosen and not work.catalog.popular:
             raise CatalogUnavailable("The popular items are not at hand.")
         if len(chosen) < work.k:

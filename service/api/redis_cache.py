@@ -9,12 +9,8 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-
 from service.metrics import ApiMetrics
+from service.redis_client import REDIS_ERRORS, Client, close
 
 T = TypeVar("T")
 OPEN_AFTER_FAILURES = 2
@@ -27,24 +23,10 @@ class RedisDown(Exception):
     """Redis did not answer, answered with an error, or is not being asked for the moment."""
 
 
-def connect(url: str, timeout_seconds: float) -> "Redis":
-    """A client on settings that fail in `timeout_seconds` instead of redis-py's seconds to minutes."""
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=32,
-        timeout=timeout_seconds,
-        socket_timeout=timeout_seconds,
-        socket_connect_timeout=timeout_seconds,
-        retry=Retry(NoBackoff(), 0),
-        protocol=2,
-    )
-    return Redis.from_pool(pool)
-
-
 class RedisCache:
     """The few commands the catalog needs. `up` is the outcome of the last round trip."""
 
-    def __init__(self, client: "Redis", metrics: ApiMetrics) -> None:
+    def __init__(self, client: Client, metrics: ApiMetrics) -> None:
         self.client = client
         self.metrics = metrics
         self.up = True
@@ -53,8 +35,10 @@ class RedisCache:
 
     async def get(self, *keys: str) -> list[bytes | None]:
         """Raises RedisDown."""
-        answer: Awaitable[Any] = self.client.mget(keys)
-        return list(await self._bounded("get", answer))
+        pipe = self.client.pipeline(transaction=False)  # not MGET: in a cluster the keys lie on several servers
+        for key in keys:
+            pipe.get(key)
+        return list(await self._bounded("get", pipe.execute()))
 
     async def read_fields(self, op: str, fields: Mapping[str, Sequence[bytes]]) -> list[bytes | None]:
         """Hash fields, keyed by hash, in one round trip; answers in the order given. Raises RedisDown."""
@@ -71,8 +55,7 @@ class RedisCache:
         await self._bounded("refill", pipe.execute())
 
     async def close(self) -> None:
-        await self.client.aclose()
-        await self.client.connection_pool.disconnect()
+        await close(self.client)
 
     async def _bounded(self, op: str, reply: Awaitable[T]) -> T:
         started = time.monotonic()
@@ -81,7 +64,7 @@ class RedisCache:
             raise RedisDown("not being asked")
         try:
             answer = await reply
-        except (TimeoutError, RedisError, OSError) as exc:
+        except REDIS_ERRORS as exc:
             self._failed(op, exc)
             raise RedisDown(type(exc).__name__) from exc
         finally:

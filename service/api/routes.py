@@ -1,20 +1,28 @@
 """The public routes, a few lines each. Knows the order of things at the door, and nothing of how items are found."""
 
+import asyncio
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from service.api.recommender import Recommender
-from service.errors import PROBLEM_JSON, DeadlinePassed
+from service.errors import PROBLEM_JSON, DeadlinePassed, PadrecError
 from service.middleware import Admission, Ticket, header_deadline_ms, read_json_body, while_connected
 from service.schemas import (
+    BATCH_EXAMPLES,
     RECOMMEND_EXAMPLES,
+    BatchResult,
     Problem,
+    RecommendBatch,
+    RecommendBatchResponse,
     RecommendRequest,
     RecommendResponse,
     RecommendTimings,
     parse_recommend,
+    validate,
 )
 from service.settings import Settings
 from service.strict_json import parse
@@ -31,8 +39,25 @@ _PROBLEMS = {
 
 
 def recommend_routes(recommender: Recommender, admission: Admission, settings: Settings) -> APIRouter:
-    """POST /v1/recommend and its alias."""
+    """POST /v1/recommend, its alias, and /v1/recommend/batch."""
     router = APIRouter(tags=["recommend"])
+
+    async def answer(wanted: RecommendRequest, ticket: Ticket, limits: Iterable[int | None], part: str = "") -> Any:
+        """One request's answer. `part` tells requests of one ticket apart."""
+        allowed = (wanted.deadline_ms or settings.deadline_ms, *limits)
+        deadline = ticket.started + min(ms for ms in allowed if ms is not None) / 1000
+        if time.monotonic() >= deadline and wanted.fallback == "none":
+            raise DeadlinePassed("The deadline passed before the work began.")
+        return await recommender.recommend(
+            wanted,
+            request_id=ticket.request_id + part,
+            internal_id=ticket.internal_id + part,
+            started=ticket.started,
+            deadline=deadline,
+        )
+
+    async def read(request: Request) -> Any:
+        return parse(await read_json_body(request, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds))
 
     async def recommend(request: Request) -> Response:
         """Top-K items for a history. Read-only: safe to send again.
@@ -43,51 +68,61 @@ def recommend_routes(recommender: Recommender, admission: Admission, settings: S
         """
         ticket: Ticket = request.state.ticket
         with admission.admit():
-            body = await read_json_body(request, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
-            wanted = parse_recommend(parse(body), settings)
-            limits = (wanted.deadline_ms or settings.deadline_ms, header_deadline_ms(request))
-            deadline = ticket.started + min(ms for ms in limits if ms is not None) / 1000
-            if time.monotonic() >= deadline and wanted.fallback == "none":
-                raise DeadlinePassed("The deadline passed before the work began.")
-            answer = await while_connected(
-                request.receive,
-                recommender.recommend(
-                    wanted,
-                    request_id=ticket.request_id,
-                    internal_id=ticket.internal_id,
-                    started=ticket.started,
-                    deadline=deadline,
-                ),
-            )
-        note_outcome(ticket, answer)
-        timings = {"server-timing": server_timing(answer.timings_ms)}
-        return Response(answer.model_dump_json(exclude_unset=True), headers=timings, media_type="application/json")
+            wanted = parse_recommend(await read(request), settings)
+            work = answer(wanted, ticket, (header_deadline_ms(request),))
+            response: RecommendResponse = await while_connected(request.receive, work)
+        note_outcome(ticket, response)
+        timings = {"server-timing": server_timing(response.timings_ms)}
+        return Response(response.model_dump_json(exclude_unset=True), headers=timings, media_type="application/json")
 
-    documented: dict[str, Any] = {
-        "response_model": RecommendResponse,
-        "responses": {
-            status: {
-                "description": text,
-                "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-            }
-            for status, text in _PROBLEMS.items()
-        },
+    async def recommend_batch(request: Request) -> Response:
+        """Up to 32 requests at once, each with a status of its own. Read-only: safe to send again.
+
+        A request that is wrong or cannot be answered fails alone: its result has the `status` and the `problem` that it
+        would have got by itself. The whole is refused where there is no room for all of them.
+        """
+        ticket: Ticket = request.state.ticket
+        with admission.admit():
+            batch = validate(RecommendBatch, await read(request))
+            limits = (batch.deadline_ms, header_deadline_ms(request))
+
+            async def result(index: int, document: Any) -> BatchResult:
+                part = f".{index}"
+                try:
+                    response = await answer(parse_recommend(document, settings), ticket, limits, part)
+                except PadrecError as error:
+                    problem = Problem.model_validate(error.problem(ticket.request_id + part))
+                    return BatchResult(status=error.status, problem=problem)
+                return BatchResult(status=200, answer=response)
+
+            # The first of them came in with the request itself.
+            with admission.admit(len(batch.requests) - 1):
+                work = asyncio.gather(*(result(i, document) for i, document in enumerate(batch.requests)))
+                results = await while_connected(request.receive, work)
+        ticket.fields["statuses"] = [r.status for r in results]
+        body = RecommendBatchResponse(request_id=ticket.request_id, results=results)
+        return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
+
+    one = _documented(RecommendResponse, "RecommendRequest", RECOMMEND_EXAMPLES)
+    router.post("/v1/recommend", summary="Recommend items", **one)(recommend)
+    router.post("/recommend", summary="Recommend items", operation_id="recommend_alias", **one)(recommend)
+    many = _documented(RecommendBatchResponse, "RecommendBatch", BATCH_EXAMPLES)
+    router.post("/v1/recommend/batch", summary="Recommend items to several users", **many)(recommend_batch)
+    return router
+
+
+def _documented(answer: type[BaseModel], body: str, examples: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of a route: FastAPI sees neither the body nor the problems."""
+    problem = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    schema = {"schema": {"$ref": f"#/components/schemas/{body}"}, "examples": examples}
+    return {
+        "response_model": answer,
+        "responses": {status: {"description": text, "content": problem} for status, text in _PROBLEMS.items()},
         "openapi_extra": {
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": {
-                        "schema": {"$ref": "#/components/schemas/RecommendRequest"},
-                        "examples": RECOMMEND_EXAMPLES,
-                    }
-                },
-            },
+            "requestBody": {"required": True, "content": {"application/json": schema}},
             "parameters": [_parameter("X-Request-Id", "string"), _parameter("X-Request-Timeout-Ms")],
         },
     }
-    router.post("/v1/recommend", summary="Recommend items", **documented)(recommend)
-    router.post("/recommend", summary="Recommend items", operation_id="recommend_alias", **documented)(recommend)
-    return router
 
 
 def note_outcome(ticket: Ticket, answer: RecommendResponse) -> None:
@@ -106,10 +141,12 @@ def server_timing(timings: RecommendTimings) -> str:
 def add_schemas(document: dict[str, Any]) -> dict[str, Any]:
     """Bodies that FastAPI does not see, for the route reads them itself, put into the OpenAPI document."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for model in (RecommendRequest, Problem):
+    for model in (RecommendRequest, RecommendBatch, Problem):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
+    # Each is read by itself, so that a wrong one fails alone; the schema knows what they are.
+    schemas["RecommendBatch"]["properties"]["requests"]["items"] = {"$ref": "#/components/schemas/RecommendRequest"}
     return document
 
 

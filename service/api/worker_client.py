@@ -1,13 +1,20 @@
 """The workers, as seen from the API: one question, one answer, errors in our words.
 
-Chooses the worker with the fewest requests in flight, keeps the deadline, retries once where that can help. A poll
-notices workers that hang, die and come back. Knows no item IDs and no fallbacks.
+A URL may name many workers (a headless service): every address of its name is one. Chooses the least loaded one, by our
+own requests in flight and what it reports of others', keeps the deadline, retries once elsewhere where that can help.
+A poll notices workers that come, hang, die and come back; one that answers the poll but fails its requests is left
+alone for a while. Knows no item IDs and no fallbacks.
 """
 
 import asyncio
+import ipaddress
 import logging
+import random
+import socket
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from pydantic import ValidationError
@@ -27,35 +34,75 @@ from service.settings import Settings
 
 POLL_TIMEOUT_SECONDS = 1.0
 CONNECT_TIMEOUT_SECONDS = 0.25
+EJECT_AFTER_FAILURES = 3  # in a row
+EJECT_SECONDS = 1.0  # the first time; twice as long every further time, up to the most
+EJECT_MOST_SECONDS = 30.0
 _JSON = {"content-type": "application/json"}
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 logger = logging.getLogger("padrec.worker_client")
 
 
-@dataclass
+async def addresses(host: str, port: int) -> list[str]:
+    """Every address of a name; of one family, or each worker would count twice. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family = min((info[0] for info in found), default=socket.AF_INET)
+    return sorted({str(info[4][0]) for info in found if info[0] == family})
+
+
+async def as_named(host: str, port: int) -> list[str]:
+    """A name is its own only address: for transports that resolve names themselves."""
+    del port
+    return [host]
+
+
+@dataclass(eq=False)
 class Worker:
     """What we know of one worker. `up` is None until it has been heard of; while `avoid`, asking it would only cost
-    time: it hangs, warms up or drains."""
+    time: it hangs, warms up or drains. `others` is how many requests of others it reported; `failures` of ours in a
+    row; until `ejected_until` (`time.monotonic()`) it is asked only where there is nobody else."""
 
     url: httpx.URL
+    name: str = ""  # the URL it was found under
     in_flight: int = 0
     up: bool | None = None
     avoid: bool = False
     info: WorkerInfo | None = None
+    others: int = 0
+    failures: int = 0
+    ejections: int = 0
+    ejected_until: float = 0.0
+
+    @property
+    def load(self) -> int:
+        return self.in_flight + self.others
 
 
 class WorkerClient:
-    """Sends Generate requests. Call `poll` in the background.
+    """Sends Generate requests. Call `discover` once, then `poll` in the background.
 
     It speaks to the transport itself: what `httpx.AsyncClient` does around it (redirects, cookies, authentication)
     is not wanted here and costs as much as the exchange.
     """
 
-    def __init__(self, transport: httpx.AsyncBaseTransport, settings: Settings, metrics: ApiMetrics) -> None:
-        self.workers = [Worker(httpx.URL(url)) for url in settings.worker_urls]
+    def __init__(
+        self,
+        transport: httpx.AsyncBaseTransport,
+        settings: Settings,
+        metrics: ApiMetrics,
+        resolve: Resolve = as_named,
+    ) -> None:
+        self._names = [httpx.URL(url) for url in settings.worker_urls]
+        self.workers = [Worker(url, str(url)) for url in self._names]
+        self._resolve = resolve
         self._transport = transport
         self._metrics = metrics
         self._poll_seconds = settings.poll_seconds
+        keys = settings.worker_key
+        key = keys.get_secret_value().partition(",")[0].strip() if keys else ""
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
 
     @property
     def catalog_version(self) -> str | None:
@@ -83,19 +130,66 @@ class WorkerClient:
             return await self._ask(other, request, deadline)
 
     async def poll(self) -> None:
-        """Ask every worker how it is, for ever."""
+        """Look who there is and ask every worker how it is, for ever."""
         while True:
-            await asyncio.gather(*(self.look_at(worker) for worker in self.workers))
+            try:
+                await self.discover()
+                await self.look_at_all()
+            except Exception:
+                logger.exception("the workers could not be looked at")
             await asyncio.sleep(self._poll_seconds)
+
+    async def discover(self) -> None:
+        """Bring the workers in line with the addresses of their names. A name that cannot be resolved keeps those it
+        had: a name server may be down while the workers are not."""
+        found = await asyncio.gather(*(self._addresses_of(url) for url in self._names))
+        for name, urls in zip(self._names, found, strict=True):
+            if urls is not None:
+                self._update(str(name), urls)
+
+    def _update(self, name: str, urls: list[httpx.URL]) -> None:
+        of_name = [worker for worker in self.workers if worker.name == name]
+        for worker in of_name:
+            if worker.url not in urls:
+                self.workers.remove(worker)
+                self._metrics.forget_worker(str(worker.url))
+                logger.info("worker gone", extra={"worker": str(worker.url)})
+        for url in urls:
+            if all(worker.url != url for worker in of_name):
+                self.workers.append(Worker(url, name))
+                logger.info("worker found", extra={"worker": str(url)})
+
+    async def _addresses_of(self, url: httpx.URL) -> list[httpx.URL] | None:
+        try:
+            ipaddress.ip_address(url.host)
+            return [url]
+        except ValueError:
+            pass
+        try:
+            async with asyncio.timeout(POLL_TIMEOUT_SECONDS):
+                hosts = await self._resolve(url.host, url.port or (443 if url.scheme == "https" else 80))
+        except (OSError, TimeoutError):
+            return None
+        return [url.copy_with(host=host) for host in hosts] or None
+
+    async def look_at_all(self) -> None:
+        """Refresh what we know of every worker."""
+        await asyncio.gather(*(self.look_at(worker) for worker in self.workers))
 
     async def look_at(self, worker: Worker) -> None:
         """Refresh what we know of one worker."""
+        ours = worker.in_flight
         try:
             ready, info = await asyncio.gather(
                 *(self._exchange("GET", worker, path, POLL_TIMEOUT_SECONDS) for path in ("/readyz", "/info"))
             )
             info.raise_for_status()
-            worker.info = WorkerInfo.model_validate_json(info.content)
+            seen = WorkerInfo.model_validate_json(info.content)
+            if worker.info is not None and worker.info.instance != seen.instance:
+                self._metrics.worker_restarts.labels(str(worker.url)).inc()
+                worker.failures = worker.ejections = 0
+                worker.ejected_until = 0.0
+            worker.info, worker.others = seen, max(0, seen.in_flight + seen.waiting - ours)
             self._mark(worker, up=ready.status_code == 200, avoid=ready.status_code != 200)
         except httpx.TimeoutException:
             self._mark(worker, up=False, avoid=True)
@@ -108,9 +202,12 @@ class WorkerClient:
         if not able:
             raise WorkerUnavailable("No worker answers.")
 
-        def cost(worker: Worker) -> tuple[bool, bool, int]:
+        now = time.monotonic()
+
+        def cost(worker: Worker) -> tuple[bool, bool, bool, int, float]:
             other = worker.info is not None and worker.info.catalog_version != catalog_version
-            return worker.up is False, other, worker.in_flight
+            # By lot among equals: many API processes must not all take the same one.
+            return worker.up is False, now < worker.ejected_until, other, worker.load, random.random()
 
         return min(able, key=cost)
 
@@ -133,27 +230,48 @@ class WorkerClient:
             async with asyncio.timeout(remaining):
                 content = body.model_dump_json(exclude_unset=True, warnings=False)  # tuples for lists
                 reply = await self._exchange("POST", worker, "/generate", remaining, content)
-            return self._read(worker, reply, request)
+            answer = self._read(worker, reply, request)
+            worker.failures = worker.ejections = 0
+            return answer
+        except WorkerUnavailable:
+            self._failed(worker)
+            raise
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
             self._mark(worker, up=False, avoid=isinstance(exc, httpx.ConnectTimeout))
             raise WorkerUnavailable("The worker cannot be reached.") from exc
         except (TimeoutError, httpx.TimeoutException) as exc:
             raise DeadlinePassed("The worker did not answer in time.") from exc
         except httpx.HTTPError as exc:
+            self._failed(worker)
             raise WorkerUnavailable("The worker broke off its answer.") from exc
         finally:
             worker.in_flight -= 1
+
+    def _failed(self, worker: Worker) -> None:
+        """Count a failed request; after some in a row the worker is ejected. Back again, one more failure ejects it for
+        longer."""
+        worker.failures += 1
+        if worker.failures < EJECT_AFTER_FAILURES or time.monotonic() < worker.ejected_until:
+            return
+        seconds = min(EJECT_SECONDS * 2**worker.ejections, EJECT_MOST_SECONDS)
+        worker.ejections += 1
+        worker.ejected_until = time.monotonic() + seconds
+        self._metrics.worker_ejections.labels(str(worker.url)).inc()
+        logger.warning("worker ejected", extra={"worker": str(worker.url), "seconds": seconds})
 
     async def _exchange(
         self, method: str, worker: Worker, path: str, seconds: float, content: str | None = None
     ) -> httpx.Response:
         """One request and its whole reply. Raises httpx.HTTPError."""
+        extensions: dict[str, Any] = {"timeout": httpx.Timeout(seconds, connect=CONNECT_TIMEOUT_SECONDS).as_dict()}
+        if worker.url.scheme == "https":  # certificates are for names, not for addresses
+            extensions["sni_hostname"] = httpx.URL(worker.name).host
         request = httpx.Request(
             method,
             worker.url.copy_with(raw_path=path.encode()),
-            headers=_JSON | tracing.current_headers() if content is not None else None,
+            headers=self._headers | (_JSON | tracing.current_headers() if content is not None else {}),
             content=content,
-            extensions={"timeout": httpx.Timeout(seconds, connect=CONNECT_TIMEOUT_SECONDS).as_dict()},
+            extensions=extensions,
         )
         reply = await self._transport.handle_async_request(request)
         reply.request = request

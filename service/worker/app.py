@@ -16,14 +16,17 @@ from prometheus_client import CollectorRegistry
 from transformers.utils import logging as transformers_logging
 
 from model.bundle import load_bundle
+from model.decoding.catalog_index import CatalogIndex
 from model.decoding.request import ListResult, RoundStats
 from service import __version__
+from service.keys import Keys
 from service.metrics import WorkerMetrics, new_registry
 from service.middleware import Admission, Door, cancel, install_errors
-from service.probes import Drain, Health, probe_routes
+from service.probes import Drain, Health, metrics_server, probe_routes
 from service.settings import Settings, SettingsError
 from service.tracing import Spans
-from service.worker.engine import Engine
+from service.worker.catalog_feed import CatalogFeed
+from service.worker.engine import Edition, Engine
 from service.worker.routes import Served, generate_routes
 from service.worker.shadow import Shadow
 
@@ -44,7 +47,7 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
     logger.info("bundle loaded", extra={"layers": "compiled kernel" if bundle.target.native else "torch"})
     decoder = bundle.list_decoder(num_rows=settings.num_rows, max_k=settings.max_k)
     info = bundle.info
-    served = Served(info.name, info.version, info.catalog_version, settings.max_k, info.max_history_items)
+    served = Served(info.name, info.version, settings.max_k, info.max_history_items)
     registry = new_registry()
     metrics = WorkerMetrics(registry)
     engine = Engine(
@@ -52,8 +55,19 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
         max_waiting=settings.max_waiting,
         observe=publisher(metrics, served.version),
         warm_up=bundle.warm_up,
+        version=info.catalog_version,
+        golden=bundle.golden_requests(min(8, len(bundle.catalog.items))),
+        max_wait_seconds=settings.max_wait_ms / 1000,
     )
-    return create_app(engine, served, settings, drain, metrics, registry)
+
+    def edition(index: CatalogIndex) -> Edition:
+        """What serves another catalog version: the same target and drafts, what they have learned, rows of its own."""
+        made = bundle.list_decoder(num_rows=settings.num_rows, max_k=settings.max_k, catalog=index)
+        made.budget, made.learn = engine.decoder.budget, engine.decoder.learn
+        return Edition(index.version, made, index.golden_requests(8, info.max_history_items))
+
+    feed = CatalogFeed(engine, edition, bundle.target.vocabulary, served, settings, metrics)
+    return create_app(engine, served, settings, drain, metrics, registry, feed)
 
 
 def create_app(
@@ -63,28 +77,39 @@ def create_app(
     drain: Drain,
     metrics: WorkerMetrics,
     registry: CollectorRegistry,
+    feed: CatalogFeed | None = None,
 ) -> FastAPI:
-    """The application around an engine that has not been started."""
+    """The application around an engine that has not been started. Without a `feed` its catalog never changes."""
     started = time.monotonic()
     metrics.build_info.labels(__version__, "worker").set(1)
-    metrics.model_info.labels(served.name, served.version, served.catalog_version).set(1)
+    metrics.set_model(served.name, served.version, engine.catalog_version)
+    metrics.running_requests.set_function(lambda: engine.status().running)
+    metrics.queue_requests.set_function(lambda: engine.status().waiting)
+    metrics.queue_oldest_age.set_function(lambda: engine.status().oldest_wait_seconds)
 
+    if settings.device != "cpu":
+        metrics.gpu_memory.labels("allocated").set_function(lambda: torch.cuda.memory_allocated(settings.device))
+        metrics.gpu_memory.labels("reserved").set_function(lambda: torch.cuda.memory_reserved(settings.device))
     spans = Spans(settings, "padrec-worker", __version__, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         engine.start()
-        watch = asyncio.create_task(_time_warm_up(engine, metrics, started))
-        sender = asyncio.create_task(spans.run())
+        tasks = [asyncio.create_task(_time_warm_up(engine, metrics, started)), asyncio.create_task(spans.run())]
+        if feed is not None:
+            tasks.append(asyncio.create_task(feed.follow()))
         try:
-            yield
+            with metrics_server(settings.host, settings.metrics_port, registry):
+                yield
         finally:
-            watch.cancel()
-            await cancel(sender)
+            for task in tasks:
+                await cancel(task)
             await spans.close()
             engine.drain(0)  # nobody is left to answer: the server has waited for running requests already
             await asyncio.to_thread(engine.stop)
+            if feed is not None:
+                await feed.close()
 
     app = FastAPI(title="padrec worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     install_errors(app)
@@ -97,11 +122,11 @@ def create_app(
             drain=drain,
             alive=lambda: _alive(engine),
             ready=lambda: _ready(engine),
-            registry=registry,
-            before_scrape=lambda: _refresh(engine, metrics, settings.device),
+            registry=None if settings.metrics_port else registry,
         )
     )
-    app.add_middleware(Door, metrics=metrics, drain=drain, spans=spans)
+    keys = Keys.of_secret(settings.worker_key.get_secret_value()) if settings.worker_key else None
+    app.add_middleware(Door, metrics=metrics, drain=drain, spans=spans, keys=keys)
     return app
 
 
@@ -158,14 +183,6 @@ def _ready(engine: Engine) -> Health:
     status = engine.status()
     state = "ready" if status.ready else "warming up or draining" if status.alive else "stopped"
     return Health(status.ready, {"engine": state})
-
-
-def _refresh(engine: Engine, metrics: WorkerMetrics, device: str) -> None:
-    status = engine.status()
-    metrics.set_queue(status.running, status.waiting, status.oldest_wait_seconds)
-    if device != "cpu":
-        metrics.gpu_memory.labels("allocated").set(torch.cuda.memory_allocated(device))
-        metrics.gpu_memory.labels("reserved").set(torch.cuda.memory_reserved(device))
 
 
 async def _time_warm_up(engine: Engine, metrics: WorkerMetrics, started: float) -> None:

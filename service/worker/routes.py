@@ -5,6 +5,7 @@ Knows the wire and the engine's `submit` / `cancel` / `status`; nothing of items
 
 import asyncio
 import time
+import uuid
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,9 +46,18 @@ from service.worker.engine import (
     EngineFailed,
     EngineOverloaded,
     EngineStatus,
+    OtherEdition,
     RequestCancelled,
 )
 from service.worker.shadow import Shadow
+
+_INSTANCE = uuid.uuid4().hex  # tells a worker from the one that took its place
+
+_REFUSALS = {
+    "queue": "Too many requests wait.",
+    "work": "Too much work waits.",
+    "deadline": "The wait would pass the deadline.",
+}
 
 # How long past the deadline an engine may take to say so before we answer for it.
 GRACE_SECONDS = 0.05
@@ -56,7 +66,10 @@ GRACE_SECONDS = 0.05
 class Engine(Protocol):
     """What the routes need of `service.worker.engine.Engine`."""
 
-    def submit(self, request: ListRequest) -> Future[ListResult]: ...
+    @property
+    def catalog_version(self) -> str: ...
+
+    def submit(self, request: ListRequest, catalog_version: str) -> Future[ListResult]: ...
 
     def cancel(self, request_id: str) -> None: ...
 
@@ -65,11 +78,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Served:
-    """What this worker serves: names and bounds of its bundle."""
+    """What this worker serves: names and bounds of its bundle. The catalog version is the engine's to say."""
 
     name: str
     version: str
-    catalog_version: str
     max_k: int
     max_history_items: int
 
@@ -87,9 +99,9 @@ def generate_routes(
             raw = await read_json_body(request, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
             body = validate(GenerateRequest, strict_json.parse(raw))
             asked = _list_request(body, served, ticket)
-            result = await while_connected(request.receive, _run(engine, asked, admission))
-        shadow.look(asked, result)
-        answer = _response(body.request_id, result, served, time.monotonic() - ticket.started)
+            result = await while_connected(request.receive, _run(engine, asked, body.catalog_version, admission))
+        shadow.look(asked, result, body.catalog_version)
+        answer = _response(body, result, served, time.monotonic() - ticket.started)
         ticket.fields["rounds"] = answer.speculation.rounds
         return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -101,24 +113,28 @@ def generate_routes(
             raise _not_ready(status)
         return WorkerInfo(
             model=WorkerModel(name=served.name, version=served.version),
-            catalog_version=served.catalog_version,
+            catalog_version=engine.catalog_version,
             limits=WorkerLimits(max_k=served.max_k, max_history_items=served.max_history_items),
             in_flight=status.running,
             waiting=status.waiting,
+            instance=_INSTANCE,
         )
 
     return router
 
 
-async def _run(engine: Engine, asked: ListRequest, admission: Admission) -> ListResult:
+async def _run(engine: Engine, asked: ListRequest, catalog_version: str, admission: Admission) -> ListResult:
     """The engine's answer by the deadline, its errors in the wire's words. Frees the engine when cancelled."""
     status = engine.status()
     if not status.ready:
         raise _not_ready(status)
     try:
-        future = engine.submit(asked)
+        future = engine.submit(asked, catalog_version)
+    except OtherEdition as error:
+        raise CatalogMismatch(error.version) from error
     except EngineOverloaded as error:
-        raise admission.refused(Overloaded("Too many requests wait.", retry_after=error.retry_after)) from error
+        refusal = Overloaded(_REFUSALS[error.reason], retry_after=error.retry_after)
+        raise admission.refused(refusal, error.reason) from error
     except EngineDraining as error:
         raise admission.refused(Draining("This process is shutting down.")) from error
     try:
@@ -151,8 +167,6 @@ def _translated(error: Exception) -> PadrecError:
 
 def _list_request(body: GenerateRequest, served: Served, ticket: Ticket) -> ListRequest:
     """The wire's request as the engine's, under an ID of our own: a retry may meet its first try here."""
-    if body.catalog_version != served.catalog_version:
-        raise CatalogMismatch(served.catalog_version)
     if body.k > served.max_k:
         raise Invalid.field("/k", f"should be at most {served.max_k}")
     return ListRequest(
@@ -176,13 +190,13 @@ def _filter(wanted: Filter) -> CategoryFilter | RangeFilter:
     return RangeFilter(wanted.min, wanted.max)
 
 
-def _response(request_id: str, result: ListResult, served: Served, seconds: float) -> GenerateResponse:
+def _response(body: GenerateRequest, result: ListResult, served: Served, seconds: float) -> GenerateResponse:
     counts = result.speculation
     return GenerateResponse(
-        request_id=request_id,
+        request_id=body.request_id,
         items=[GeneratedItem(codes=list(item.codes), score=item.score) for item in result.items],
         model=ModelInfo(
-            name=served.name, version=served.version, catalog_version=served.catalog_version, strategy="list"
+            name=served.name, version=served.version, catalog_version=body.catalog_version, strategy="list"
         ),
         speculation=SpeculationInfo(
             rounds=counts.rounds,

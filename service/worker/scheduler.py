@@ -1,4 +1,5 @@
-"""Scheduler: who waits, who runs next, who is too late. Knows tickets and times; no tensors, threads or sockets.
+"""Scheduler: who waits, who runs next, who is too late, and how long a newcomer would wait. Knows tickets and times; no
+tensors, threads or sockets.
 
 First come, first served; a ticket whose deadline has passed never reaches a row. Tickets that were in a round which
 failed run alone, so that only the one at fault fails.
@@ -8,22 +9,63 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from model.decoding.request import ListRequest, ListResult
+
+if TYPE_CHECKING:
+    from service.worker.engine import Edition
 
 
 @dataclass
 class Ticket:
-    """One accepted request. `submitted` in seconds of `time.monotonic()`; `alone`: suspected of breaking rounds."""
+    """One accepted request, to be served from one edition of the catalog. `submitted` in seconds of
+    `time.monotonic()`; `alone`: suspected of breaking rounds."""
 
     request: ListRequest
     future: Future[ListResult]
+    edition: "Edition"
     submitted: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
     alone: bool = False
 
     def late(self, now: float) -> bool:
         return now >= self.request.deadline
+
+
+class Pace:
+    """What work costs, learned from what it did cost: seconds a prompt, and seconds an item at each load. Loads are
+    learned by powers of two; what was seen fades round by round."""
+
+    FADE = 0.99
+
+    def __init__(self) -> None:
+        self.prompt_seconds = 0.0
+        self._seen: dict[int, tuple[float, float]] = {}
+
+    def prompts(self, count: int, seconds: float) -> None:
+        """`count` prompts were read in `seconds`."""
+        each = seconds / count
+        self.prompt_seconds += (0.1 if self.prompt_seconds else 1.0) * (each - self.prompt_seconds)
+
+    def round(self, rows: int, items: int, seconds: float) -> None:
+        """A round of `rows` took `seconds`; the lists it completed hold `items`."""
+        load = 1 << (rows - 1).bit_length()
+        before = self._seen.get(load, (0.0, 0.0))
+        self._seen[load] = (self.FADE * before[0] + seconds, self.FADE * before[1] + items)
+
+    def item_seconds(self, rows: int) -> float:
+        """Seconds an item at `rows`, by the nearest load seen that is no larger (else the smallest one); 0 before any
+        list was completed."""
+        known = {load: seconds / items for load, (seconds, items) in self._seen.items() if items > 0.01}
+        if not known:
+            return 0.0
+        smaller = [load for load in known if load < 2 * rows]
+        return known[max(smaller) if smaller else min(known)]
+
+    def stay(self, items: int, rows: int) -> float:
+        """Seconds from getting a row to the answer: the engine's time is shared by `rows`."""
+        return self.prompt_seconds + items * self.item_seconds(rows) * rows
 
 
 class Scheduler:
@@ -41,6 +83,17 @@ class Scheduler:
     def oldest_wait(self, now: float) -> float:
         """Seconds the head of the line has waited."""
         return now - self.waiting[0].submitted if self.waiting else 0.0
+
+    def wait_seconds(self, num_rows: int, pace: Pace) -> float:
+        """Seconds until a newcomer gets a row. With every row taken, rows come free one by one, each after the work
+        of one list: of those that wait before him, and of one of those that run."""
+        if len(self.waiting) + len(self.running) < num_rows:
+            return 0.0
+        items: float = sum(ticket.request.k for ticket in self.waiting)
+        if self.running:
+            items += sum(ticket.request.k for ticket in self.running.values()) / len(self.running)
+        lists = len(self.waiting) + bool(self.running)
+        return lists * pace.prompt_seconds + items * pace.item_seconds(num_rows)
 
     def expired(self, now: float) -> list[Ticket]:
         """Take every late ticket out, waiting or running."""

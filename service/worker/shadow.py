@@ -22,7 +22,7 @@ DEADLINE_SECONDS = 30.0
 class Engine(Protocol):
     """What the sample needs of `service.worker.engine.Engine`."""
 
-    def submit(self, request: ListRequest) -> Future[ListResult]: ...
+    def submit(self, request: ListRequest, catalog_version: str) -> Future[ListResult]: ...
 
     def status(self) -> EngineStatus: ...
 
@@ -38,9 +38,9 @@ class Shadow:
         self._dice = dice or random.Random()
         self._running = False
 
-    def look(self, asked: ListRequest, answer: ListResult) -> None:
+    def look(self, asked: ListRequest, answer: ListResult, catalog_version: str) -> None:
         """Perhaps write this answer's list again. Without a seed a drawn list is another one every time, and a list
-        asked for without speculation has nothing to be compared with."""
+        asked for without speculation has nothing to be compared with. After a swap its catalog may be gone: skipped."""
         if self._dice.random() * 100 >= self.percent or not asked.speculation:
             return
         if asked.temperature and asked.seed is None:
@@ -56,7 +56,7 @@ class Shadow:
         )
         self._running = True
         try:
-            future = self.engine.submit(again)
+            future = self.engine.submit(again, catalog_version)
         except EngineError:
             self._running = False
             self._lists.labels("skipped").inc()

@@ -97,11 +97,11 @@ def test_selectors_match_the_pods_they_mean_and_no_others(name: str) -> None:
         assert matching == [name]
 
 
-def test_only_the_api_and_the_publishing_job_may_reach_the_cache() -> None:
+def test_only_our_own_pods_may_reach_the_cache() -> None:
     policy = policy_of("redis")
     (rule,) = policy["ingress"]
     peers = [each["podSelector"]["matchLabels"]["app.kubernetes.io/name"] for each in rule["from"]]
-    assert peers == ["padrec-api", "padrec-publish"]
+    assert peers == ["padrec-api", "padrec-worker", "padrec-publish"]
     assert [port["port"] for port in rule["ports"]] == list(ports("redis"))
 
 
@@ -117,7 +117,10 @@ def test_the_api_may_ask_redis_and_workers_at_the_ports_they_have() -> None:
 def test_what_no_policy_allows_is_denied() -> None:
     (deny,) = (each["spec"] for each in manifests("network") if each["metadata"]["name"] == "padrec-default-deny")
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    assert "egress" not in policy_of("worker") and "egress" not in policy_of("redis")
+    (rule,) = policy_of("worker")["egress"]
+    (peer,) = rule["to"]
+    assert peer["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "padrec-redis"}
+    assert "egress" not in policy_of("redis")
 
 
 @each_pod

@@ -14,6 +14,7 @@ import pytest
 
 from service.cli import main
 from service.embedded_valkey import start_valkey
+from service.keys import Keys
 from service.supervisor import free_port
 from tests.service.tiny_bundle import write_bundle
 
@@ -45,6 +46,11 @@ def logging_as_it_was() -> Iterator[None]:
         (["serve", "--bundle", "/no/such/bundle"], "'bundle'"),
         (["serve", "--bundle", "x", "--external-redis", "ftp://x"], "'redis_url'"),
         (["publish"], "'bundle'"),
+        (["publish", "--catalog", "/no/such/file"], "/no/such/file"),
+        (["key", "a b", "recommend"], "name"),
+        (["key", "web", "everything"], "scopes"),
+        (["api", "--api-keys-file", "/no/such/file"], "'api_keys_file'"),
+        (["worker", "--redis-url", "redis+sentinel://h"], "'redis_url'"),
         (["check", "--deadline-ms", "0"], "'deadline_ms'"),
         (["bench"], "bench serve"),
     ],
@@ -143,3 +149,44 @@ def test_the_api_runs_without_torch_and_ends_with_status_0_on_sigterm(bundle: Pa
     finally:
         process.terminate()
     assert process.wait(10) == 0
+
+
+def test_publishing_a_catalog_going_back_and_stock(
+    tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        status = main([*arguments, "--redis-url", server.url])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    lines = (bundle / "catalog.jsonl").read_text().splitlines()
+    fewer = tmp_path / "fewer.jsonl"
+    header = json.loads(lines[0])
+    fewer.write_text("\n".join([json.dumps(header | {"catalog_version": "fewer"}), *lines[1:-3]]))
+    foreign = tmp_path / "foreign.jsonl"
+    sizes = [size + 1 for size in header["codebook_sizes"]]
+    foreign.write_text("\n".join([json.dumps(header | {"codebook_sizes": sizes}), *lines[1:]]))
+    with start_valkey(tmp_path) as server:
+        assert run("publish", "--rollback") == (1, "padrec: not published: no version was active before this one\n")
+        assert run("stock", "--out", "1")[0] == 1
+        assert run("publish", "--bundle", str(bundle))[0] == 0
+        assert (
+            run("publish", "--catalog", str(fewer))[1] == f"catalog version fewer is active, {len(lines) - 4} items\n"
+        )
+        status, told = run("publish", "--catalog", str(foreign))
+        assert status == 1
+        assert "codebooks" in told
+        assert (
+            run("stock", "--out", "0", "1", "nobody")[1]
+            == "3 items are out of stock, 2 of them in the active catalog\n"
+        )
+        assert header["catalog_version"] in run("publish", "--rollback")[1]
+        assert "fewer" in run("publish", "--rollback")[1]
+        assert run("stock", "--back", "0", "1", "nobody")[1].startswith("0 items")
+
+
+def test_a_key_is_printed_once_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["key", "web", "recommend,metrics"]) == 0
+    key, line = (text.partition(":")[2].strip() for text in capsys.readouterr().out.splitlines())
+    (tmp_path / "keys").write_text(line)
+    assert Keys.of_file(tmp_path / "keys").admit("/recommend", [(b"x-api-key", key.encode())]) == "web"

@@ -39,7 +39,7 @@ def test_unavailable_is_always_retryable_and_says_when() -> None:
     for kind in refusals:
         error = kind("Not now.", retry_after=0.2)
         assert (error.status, error.retryable, error.headers()) == (503, True, {"Retry-After": "1"})
-    assert Overloaded("Busy.", retry_after=7.4).headers() == {"Retry-After": "7"}
+    assert Overloaded("Busy.", retry_after=7.4).headers() == {"Retry-After": "8"}
 
 
 def test_a_problem_has_the_fields_of_rfc_9457_and_ours() -> None:

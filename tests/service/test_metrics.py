@@ -34,6 +34,7 @@ PROMISED = [
     "unknown_items_total",
     "invalid_semantic_ids_total",
     "worker_up",
+    "worker_restarts_total",
     "model_info",
     "build_info",
     "warmup_seconds",
@@ -51,6 +52,9 @@ def test_nothing_is_exported_that_is_not_known() -> None:
         "padrec_shadow_lists_total",
         "padrec_trace_spans_total",
         "padrec_spec_skipped_rounds_total",
+        "padrec_worker_ejections_total",
+        "padrec_catalog_swaps_total",
+        "padrec_items_out_of_stock",
     }
 
 
@@ -79,9 +83,11 @@ def test_the_exposition_can_be_read_back_and_names_the_catalog_once() -> None:
     assert "process_resident_memory_bytes" in families
 
 
-def test_the_queue_is_three_gauges() -> None:
+def test_one_model_is_named_at_a_time() -> None:
     registry = CollectorRegistry()
-    WorkerMetrics(registry).set_queue(running=3, waiting=2, oldest_wait_seconds=0.5)
-    values = [registry.get_sample_value(f"padrec_{n}") for n in ("running_requests", "queue_requests")]
-    assert values == [3, 2]
-    assert registry.get_sample_value("padrec_queue_oldest_age_seconds") == 0.5
+    metrics = WorkerMetrics(registry)
+    metrics.set_model("m", "1", "aaa")
+    metrics.set_model("m", "1", "bbb")
+    labels = {"name": "m", "model_version": "1"}
+    assert registry.get_sample_value("padrec_model_info", labels | {"catalog_version": "aaa"}) is None
+    assert registry.get_sample_value("padrec_model_info", labels | {"catalog_version": "bbb"}) == 1

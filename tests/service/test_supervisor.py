@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +112,53 @@ def test_a_taken_port_is_named_and_the_next_free_one_found() -> None:
             free_port("127.0.0.1", port)
         assert free_port("127.0.0.1", port, tries=20) > port
     assert free_port("127.0.0.1", 0) > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_child_that_hangs_is_killed_and_started_again() -> None:
+    """It answers while its process runs, and is stopped, not ended: only asking it tells."""
+    pids: list[int] = []
+    stopped: list[int] = []
+    keeper = Child("worker", lambda: python(SLEEP), healthy=lambda: state_of(keeper) not in "T")
+
+    def look() -> None:
+        assert keeper.process is not None
+        pid = keeper.process.pid
+        if pid not in pids:
+            pids.append(pid)
+        elif keeper.was_healthy and not stopped:
+            stopped.append(pid)
+            os.kill(pid, signal.SIGSTOP)
+        elif keeper.was_healthy and len(pids) == 2:
+            supervisor.request_stop()
+
+    supervisor = Supervisor([keeper], first_backoff=0.01, hung_seconds=0.3, on_round=look)
+    assert supervisor.run() == 0
+    assert len(pids) == 2
+    assert pids[0] == stopped[0]
+    assert gone(pids[0])
+    assert keeper.failures == 1
+
+
+def test_a_child_that_never_becomes_healthy_is_a_crash_loop_in_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    stuck = Child("worker", lambda: python(SLEEP), healthy=lambda: False)
+    supervisor = Supervisor([stuck], max_failures=2, first_backoff=0.01, hung_seconds=0.1, starting_seconds=0.2)
+    with caplog.at_level(logging.ERROR):
+        assert supervisor.run() == 1
+    assert "worker hangs" in caplog.text
+    assert "worker ended 2 times in a row (killed by SIGKILL)" in caplog.text
+
+
+def test_a_slow_start_is_not_taken_for_a_hang() -> None:
+    started = time.monotonic()
+    slow = Child("worker", lambda: python(SLEEP), healthy=lambda: time.monotonic() - started > 1.0)
+    supervisor = Supervisor([slow], hung_seconds=0.2, starting_seconds=60)
+    supervisor.on_round = lambda: supervisor.request_stop() if slow.was_healthy else None
+    assert supervisor.run() == 0
+    assert slow.failures == 0
+
+
+def state_of(each: Child) -> str:
+    """The one-letter state of a child's process, as /proc tells it."""
+    assert each.process is not None
+    return Path(f"/proc/{each.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]

@@ -71,6 +71,8 @@ class TinyWorker:
     delay: float = 0.0
     status: int = 200
     spoil: dict[str, Any] = field(default_factory=dict)
+    others: int = 0
+    instance: str = "first"
     seen: list[dict[str, Any]] = field(default_factory=list)
     abandoned: int = 0
 
@@ -135,7 +137,8 @@ class TinyWorker:
             "catalog_version": self.version,
             "limits": {"max_k": 100, "max_history_items": 32},
             "in_flight": 0,
-            "waiting": 0,
+            "waiting": self.others,
+            "instance": self.instance,
         }
 
 

@@ -10,13 +10,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service.api.catalog import Catalog, CatalogVersion, Lru
-from service.api.catalog_codec import CatalogHeader, seal
 from service.api.catalog_file import CatalogFile, CatalogFileError
 from service.api.publish import publish
-from service.api.redis_cache import RedisCache, connect
+from service.api.redis_cache import RedisCache
+from service.catalog_codec import CatalogHeader, seal
 from service.embedded_valkey import ValkeyProcess, start_valkey
 from service.metrics import ApiMetrics
 from service.middleware import cancel
+from service.redis_client import connect
 from tests.service.wire import NUM_ITEMS, OTHER_VERSION, VERSION, api_settings, codes_of, until, write_catalog
 
 
@@ -124,7 +125,7 @@ async def test_damaged_names_and_attributes_are_not_served_either(published: Val
         await redis.write_fields(
             [
                 (header.key("sid", packed), packed, seal(packed, b"\xff")),
-                (header.key("attributes", b"i1"), b"i1", seal(b"i1", b"{")),
+                (header.key("item", b"i1"), b"i1", seal(b"i1", packed + b"[0")),
             ]
         )
         assert (await active(catalog).items_of([(0, 0, 1, 0)])).unread == [(0, 0, 1, 0)]
@@ -135,6 +136,7 @@ async def test_a_lost_entry_comes_back_from_the_copy(published: ValkeyProcess, c
     async with opened(published.url, catalog_path) as (catalog, redis):
         await redis.client.flushall()
         assert (await active(catalog).codes_of(everything())).found == everything()
+        await redis.client.flushall()
         assert (await active(catalog).attributes_of(["i1"])).found["i1"]["year"] == 1901
         assert count(redis, "hit", "refill") == NUM_ITEMS + 1
 

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from service.api.publish import publish
-from service.api.redis_cache import connect
 from service.embedded_valkey import ValkeyProcess
+from service.redis_client import connect
 from tests.service.wire import (
     NUM_ITEMS,
     OTHER_VERSION,
@@ -263,7 +263,8 @@ async def test_a_swap_under_way_is_answered_on_the_version_the_worker_has(
 async def test_attributes_that_cannot_be_read_are_left_out_and_flagged(published: ValkeyProcess) -> None:
     redis = connect(published.url, 1)
     async with api(api_settings(published.url), Workers(w1=TinyWorker())) as client:
-        await redis.delete(f"padrec:{VERSION}:attributes:0")
+        item_id = (await ask(client, k=1))["items"][0]["item_id"]
+        await redis.hdel(f"padrec:{VERSION}:item:0", item_id)
         answer = await ask(client, k=1, include=["attributes"])
     await redis.aclose()
     assert answer["items"][0]["attributes"] is None

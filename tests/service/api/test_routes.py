@@ -1,5 +1,6 @@
 """Bad input is a 4xx problem+json that names the field, quickly, and disturbs nobody; good input is documented."""
 
+import asyncio
 import json
 import time
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from service.api.app import create_app
 from service.embedded_valkey import ValkeyProcess
-from tests.service.wire import TinyWorker, Workers, api, api_settings, served
+from tests.service.wire import TinyWorker, Workers, api, api_settings, served, until
 
 JSON = {"Content-Type": "application/json"}
 LIMIT_SECONDS = 0.05
@@ -217,3 +218,88 @@ async def test_the_documented_examples_are_served(standing: ValkeyProcess) -> No
         for example in examples.values():
             reply = await client.post("/recommend", json=example["value"])
             assert reply.status_code == 200, reply.text
+
+
+def batch(*requests: Any, **fields: Any) -> bytes:
+    return json.dumps({"requests": list(requests)} | fields).encode()
+
+
+async def test_a_batch_answers_every_request_as_if_it_had_come_alone(standing: ValkeyProcess) -> None:
+    asked = [{"history": ["i1"], "k": 3}, {"history": ["i1"], "k": 0}, {"history": []}, 7, {"history": ["i2"], "k": 2}]
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
+        reply = await client.post("/v1/recommend/batch", content=batch(*asked), headers=JSON | {"X-Request-Id": "r"})
+        alone = [await client.post("/recommend", content=json.dumps(each), headers=JSON) for each in asked]
+    assert reply.status_code == 200
+    results = reply.json()["results"]
+    assert [result["status"] for result in results] == [200, 422, 200, 422, 200] == [r.status_code for r in alone]
+    for result, single in zip(results, alone, strict=True):
+        if result["status"] == 200:
+            assert result["answer"]["items"] == single.json()["items"]
+            assert result["answer"]["degraded"] == single.json()["degraded"]
+        else:
+            assert result["problem"]["errors"] == single.json()["errors"]
+    assert [r.get("answer", r.get("problem"))["request_id"] for r in results] == [f"r.{i}" for i in range(5)]
+
+
+async def test_requests_of_a_batch_run_beside_each_other_and_by_their_deadline(standing: ValkeyProcess) -> None:
+    worker = TinyWorker(delay=0.2)
+    async with api(api_settings(standing.url), Workers(w1=worker)) as client:
+        started = time.monotonic()
+        content = batch(*[{"history": ["i1"]}] * 31, {"history": ["i1"], "deadline_ms": 50, "fallback": "none"})
+        results = (await client.post("/v1/recommend/batch", content=content, headers=JSON)).json()["results"]
+        assert time.monotonic() - started < 31 * 0.2
+        assert [result["status"] for result in results] == [200] * 31 + [504]
+        content = batch({"history": ["i1"], "fallback": "none"}, {"history": ["i1"]}, deadline_ms=50)
+        results = (await client.post("/v1/recommend/batch", content=content, headers=JSON)).json()["results"]
+    assert results[0]["status"] == 504
+    assert [note["code"] for note in results[1]["answer"]["degraded"]] == ["deadline"]
+
+
+async def test_a_batch_counts_all_its_requests_at_the_door(standing: ValkeyProcess) -> None:
+    worker = TinyWorker(delay=0.2)
+    async with api(api_settings(standing.url, max_in_flight=5), Workers(w1=worker)) as client:
+        ask = client.post("/v1/recommend/batch", content=batch(*[{"history": ["i1"]}] * 6), headers=JSON)
+        assert (await ask).status_code == 503
+        fits = asyncio.create_task(
+            client.post("/v1/recommend/batch", content=batch(*[{"history": ["i1"]}] * 4), headers=JSON)
+        )
+        await until(lambda: len(worker.seen) == 4)
+        pair = await client.post("/v1/recommend/batch", content=batch(*[{"history": ["i1"]}] * 2), headers=JSON)
+        single = await client.post("/recommend", content=body(), headers=JSON)
+        assert (await fits).status_code == 200
+        again = await client.post("/v1/recommend/batch", content=batch(*[{"history": ["i1"]}] * 5), headers=JSON)
+    assert (pair.status_code, single.status_code, again.status_code) == (503, 200, 200)
+    assert int(pair.headers["retry-after"]) >= 1
+    assert pair.json()["type"].endswith("overloaded")
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "pointer"),
+    [
+        (batch(), 422, "/requests"),
+        (batch(*[{"history": []}] * 33), 422, "/requests"),
+        (batch({"history": []}, deadline_ms=0), 422, "/deadline_ms"),
+        (batch({"history": []}, k=3), 422, "/k"),
+        (b'{"requests": {}}', 422, "/requests"),
+        (b"[]", 422, ""),
+        (b'{"requests": [{"history": ["\\ud800"]}]}', 400, "/requests/0/history/0"),
+    ],
+)
+async def test_a_bad_batch_is_refused_as_a_whole(
+    standing: ValkeyProcess, content: bytes, status: int, pointer: str
+) -> None:
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
+        reply = await client.post("/v1/recommend/batch", content=content, headers=JSON)
+    assert reply.status_code == status
+    assert pointer in [error["pointer"] for error in reply.json()["errors"]]
+
+
+async def test_a_client_that_leaves_takes_its_whole_batch_along(standing: ValkeyProcess) -> None:
+    worker = TinyWorker(delay=5)
+    async with api(api_settings(standing.url), Workers(w1=worker)) as client:
+        asking = asyncio.create_task(
+            client.post("/v1/recommend/batch", content=batch(*[{"history": ["i1"]}] * 4), headers=JSON)
+        )
+        await until(lambda: len(worker.seen) == 4)
+        asking.cancel()
+        await until(lambda: worker.abandoned == 4)

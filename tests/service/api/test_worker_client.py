@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.api.worker_client import WorkerClient
+from service.api.worker_client import EJECT_AFTER_FAILURES, WorkerClient, addresses
 from service.errors import CatalogMismatch, DeadlinePassed, Overloaded, PadrecError, WorkerUnavailable
 from service.metrics import ApiMetrics
 from service.schemas import GenerateRequest, GenerateResponse
@@ -50,7 +50,8 @@ async def test_what_one_worker_cannot_do_another_is_asked_for(status: int) -> No
 async def test_a_worker_that_refuses_connections_is_asked_last_and_again_when_it_is_back() -> None:
     network = Workers(b=TinyWorker())
     async with client_of(network, "a", "b") as client:
-        await generate(client)
+        for _ in range(30):  # among equals the lot decides
+            await generate(client)
         assert [w.up for w in client.workers] == [False, True]
         network.apps = {"a": TinyWorker(), "b": None}
         await generate(client)
@@ -180,3 +181,115 @@ async def test_an_answer_begun_before_draining_does_not_bring_new_requests() -> 
         await running
         with pytest.raises(WorkerUnavailable):
             await generate(client)
+
+
+async def test_what_others_keep_a_worker_busy_with_counts() -> None:
+    busy, idle = TinyWorker(others=5), TinyWorker()
+    async with client_of(Workers(a=busy, b=idle), "a", "b") as client:
+        await client.look_at_all()
+        await asyncio.gather(*(generate(client) for _ in range(4)))
+        assert (len(busy.seen), len(idle.seen)) == (0, 4)
+        busy.others, idle.others = 0, 5
+        await client.look_at_all()
+        await asyncio.gather(*(generate(client) for _ in range(4)))
+    assert (len(busy.seen), len(idle.seen)) == (4, 4)
+
+
+async def test_a_worker_that_fails_again_and_again_is_left_alone_and_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.api.worker_client.EJECT_SECONDS", 0.2)
+    bad, good = TinyWorker(status=500), TinyWorker()
+    async with client_of(Workers(a=bad, b=good), "a", "b") as client:
+        for _ in range(100):
+            await generate(client)
+        assert len(bad.seen) == EJECT_AFTER_FAILURES
+        await client.look_at_all()  # it looks healthy, and stays ejected all the same
+        await generate(client)
+        assert len(bad.seen) == EJECT_AFTER_FAILURES
+        bad.status = 200
+        await asyncio.sleep(0.25)
+        await asyncio.gather(*(generate(client) for _ in range(10)))
+        assert len(bad.seen) > EJECT_AFTER_FAILURES
+        assert client.workers[0].failures == 0
+
+
+async def test_an_ejected_worker_is_better_than_none() -> None:
+    worker = TinyWorker(status=500)
+    async with client_of(Workers(a=worker), "a") as client:
+        for _ in range(EJECT_AFTER_FAILURES):
+            with pytest.raises(WorkerUnavailable):
+                await generate(client)
+        worker.status = 200
+        assert (await generate(client)).items
+
+
+class Names:
+    """A name server: the addresses of each name, or none at all."""
+
+    def __init__(self, **known: list[str]) -> None:
+        self.known = known
+        self.down = False
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        if self.down or host not in self.known:
+            raise OSError("no such name")
+        return self.known[host]
+
+
+async def test_every_address_of_a_name_is_a_worker_as_they_come_and_go() -> None:
+    first, second, third = TinyWorker(delay=0.05), TinyWorker(delay=0.05), TinyWorker(delay=0.05)
+    network = Workers(**{"10.0.0.1": first, "10.0.0.2": second, "10.0.0.3": third})
+    names, registry = Names(workers=["10.0.0.1", "10.0.0.2"]), CollectorRegistry()
+    settings = api_settings(worker_urls="http://workers:9000")
+    async with network:
+        client = WorkerClient(network, settings, ApiMetrics(registry), names)
+        await client.discover()
+        await client.look_at_all()
+        await asyncio.gather(*(generate(client) for _ in range(4)))
+        assert (len(first.seen), len(second.seen)) == (2, 2)
+        names.known = {"workers": ["10.0.0.2", "10.0.0.3"]}
+        await client.discover()
+        await client.look_at_all()
+        await asyncio.gather(*(generate(client) for _ in range(4)))
+        assert (len(first.seen), len(second.seen), len(third.seen)) == (2, 4, 2)
+        names.down = True  # those that are known stay
+        await client.discover()
+        assert [str(w.url) for w in client.workers] == ["http://10.0.0.2:9000", "http://10.0.0.3:9000"]
+    labels = {
+        sample.labels["worker"] for f in registry.collect() if f.name == "padrec_worker_up" for sample in f.samples
+    }
+    assert labels == {"http://10.0.0.2:9000", "http://10.0.0.3:9000"}
+
+
+async def test_a_real_name_resolves_to_addresses_of_one_family() -> None:
+    assert await addresses("localhost", 80) in (["127.0.0.1"], ["::1"])
+
+
+async def test_a_worker_in_place_of_another_is_counted_and_starts_with_a_clean_record() -> None:
+    worker, registry = TinyWorker(status=500), CollectorRegistry()
+    async with Workers(a=worker) as network:
+        client = WorkerClient(network, api_settings(worker_urls="http://a"), ApiMetrics(registry))
+        await client.look_at_all()
+        for _ in range(EJECT_AFTER_FAILURES):
+            with pytest.raises(WorkerUnavailable):
+                await generate(client)
+        worker.instance = "second"
+        await client.look_at_all()
+        assert client.workers[0].ejected_until == 0.0
+    assert registry.get_sample_value("padrec_worker_restarts_total", {"worker": "http://a"}) == 1
+    assert registry.get_sample_value("padrec_worker_ejections_total", {"worker": "http://a"}) == 1
+
+
+async def test_the_first_of_the_worker_keys_is_shown() -> None:
+    seen: list[str] = []
+
+    class Guarded(Workers):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            seen.append(request.headers["authorization"])
+            return await super().handle_async_request(request)
+
+    settings = api_settings(worker_urls="http://a", worker_key="new-key-of-16-or-more,old-key-of-16-or-more")
+    async with Guarded(a=TinyWorker()) as network:
+        await generate(WorkerClient(network, settings, ApiMetrics(CollectorRegistry())))
+    assert seen == ["Bearer new-key-of-16-or-more"]

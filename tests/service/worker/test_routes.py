@@ -16,7 +16,8 @@ from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.request import ListRequest, ListResult, RoundStats
 from service.metrics import WorkerMetrics, new_registry
 from service.probes import Drain
-from service.settings import Settings
+from service.settings import load_settings
+from service.supervisor import free_port
 from service.worker.app import create_app, publisher
 from service.worker.engine import Engine
 from service.worker.routes import Served
@@ -45,7 +46,7 @@ class PoisonedDecoder(ListDecoder):
 class Worker:
     """One worker application, its engine running, and a client of it."""
 
-    def __init__(self, tiny: Tiny, kind: type[ListDecoder], max_waiting: int, num_rows: int) -> None:
+    def __init__(self, tiny: Tiny, kind: type[ListDecoder], max_waiting: int, num_rows: int, **flags: Any):
         self.tiny, self.drain, registry = tiny, Drain(), new_registry()
         metrics = WorkerMetrics(registry)
         decoder = kind(
@@ -58,16 +59,18 @@ class Worker:
             max_k=20,
             budget=lambda rows: Budget(3),
         )
-        self.engine = Engine(decoder, max_waiting=max_waiting, observe=publisher(metrics, "m1"))
-        self.served = Served("tiny", "m1", tiny.catalog.version, max_k=20, max_history_items=6)
-        settings = Settings(num_rows=num_rows, max_waiting=max_waiting)
+        self.engine = Engine(
+            decoder, max_waiting=max_waiting, observe=publisher(metrics, "m1"), version=tiny.catalog.version
+        )
+        self.served = Served("tiny", "m1", max_k=20, max_history_items=6)
+        settings = load_settings({"num_rows": num_rows, "max_waiting": max_waiting} | flags)
         self.app: FastAPI = create_app(self.engine, self.served, settings, self.drain, metrics, registry)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://worker")
 
     def body(self, **changes: Any) -> dict[str, Any]:
         history = [list(codes) for codes in self.tiny.codes[:4]]
-        body = {"request_id": "r1", "catalog_version": self.served.catalog_version, "history": history, "k": 5}
+        body = {"request_id": "r1", "catalog_version": self.tiny.catalog.version, "history": history, "k": 5}
         return {**body, "deadline_ms": 10_000, **changes}
 
     async def generate(self, **changes: Any) -> httpx.Response:
@@ -82,9 +85,9 @@ class Worker:
 
 @asynccontextmanager
 async def running(
-    tiny: Tiny, kind: type[ListDecoder] = ListDecoder, *, max_waiting: int = 64, num_rows: int = 4
+    tiny: Tiny, kind: type[ListDecoder] = ListDecoder, *, max_waiting: int = 64, num_rows: int = 4, **flags: Any
 ) -> AsyncIterator[Worker]:
-    worker = Worker(tiny, kind, max_waiting, num_rows)
+    worker = Worker(tiny, kind, max_waiting, num_rows, **flags)
     async with worker.app.router.lifespan_context(worker.app), worker.client:
         async with asyncio.timeout(10):
             while not worker.engine.status().ready:  # noqa: ASYNC110 - the engine has no event to wait for
@@ -313,3 +316,36 @@ async def test_metrics_tell_acceptance_length_stages_and_counts(tiny: Tiny) -> N
         assert float(values[f'padrec_stage_duration_seconds_count{{stage="{stage}"}}']) >= 1
     assert float(values['padrec_requests_total{outcome="ok",route="/generate"}']) == 1
     assert "padrec_warmup_seconds" in values
+
+
+async def test_metrics_have_a_port_of_their_own_if_asked(tiny: Tiny) -> None:
+    port = free_port("127.0.0.1")
+    async with running(tiny, metrics_port=port, worker_key="a-secret-of-16-or-more") as worker:
+        headers = {"authorization": "Bearer a-secret-of-16-or-more"}
+        assert (await worker.client.get("/metrics")).status_code == 401
+        assert (await worker.client.get("/metrics", headers=headers)).status_code == 404
+        assert (await worker.client.get("/healthz")).status_code == 200
+        assert (await worker.generate()).status_code == 401
+        assert (await worker.client.post("/generate", json=worker.body(), headers=headers)).status_code == 200
+        async with httpx.AsyncClient(trust_env=False) as client:
+            text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+    assert 'padrec_requests_total{outcome="ok",route="/generate"} 1.0' in text
+    assert "padrec_queue_requests 0.0" in text
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.open_connection("127.0.0.1", port)
+
+
+async def test_a_wait_past_the_deadline_is_a_503_that_says_so_and_is_counted(tiny: Tiny) -> None:
+    async with running(tiny, SlowDecoder, num_rows=1) as worker:
+        await worker.generate()  # what work costs is known now
+        first = asyncio.create_task(worker.generate(k=20, request_id="r1"))
+        async with asyncio.timeout(5):
+            while not worker.engine.status().running:  # noqa: ASYNC110 - the engine has no event to wait for
+                await asyncio.sleep(0.005)
+        hurried = await worker.generate(deadline_ms=60, request_id="r2")
+        text = (await worker.client.get("/metrics")).text
+        assert (await first).status_code == 200
+    assert hurried.status_code == 503
+    assert "deadline" in hurried.json()["detail"]
+    assert int(hurried.headers["retry-after"]) >= 1
+    assert 'padrec_admission_rejections_total{reason="deadline"} 1.0' in text

@@ -1,11 +1,16 @@
 from concurrent.futures import Future
+from typing import Any, cast
+
+import pytest
 
 from model.decoding.request import ListRequest
-from service.worker.scheduler import Scheduler, Ticket
+from service.worker.scheduler import Pace, Scheduler, Ticket
+
+EDITION = cast(Any, None)  # the scheduler hands it on and never looks
 
 
 def ticket(name: str, deadline: float = 100.0) -> Ticket:
-    return Ticket(ListRequest(name, ((0,),), 1, deadline=deadline), Future(), submitted=0.0)
+    return Ticket(ListRequest(name, ((0,),), 1, deadline=deadline), Future(), EDITION, submitted=0.0)
 
 
 def names(tickets: list[Ticket]) -> list[str]:
@@ -49,3 +54,30 @@ def test_after_a_failed_round_everybody_runs_alone_and_only_the_guilty_fails() -
 
 def test_forgetting_what_is_not_there_is_nothing() -> None:
     assert scheduler().forget("nobody") is None
+
+
+def test_a_newcomer_waits_for_the_work_before_him_and_not_where_a_row_is_free() -> None:
+    pace = Pace()
+    pace.prompts(2, 0.2)
+    pace.round(2, 10, 5.0)  # half a second an item, a tenth a prompt
+    line = scheduler(ticket("a"), ticket("b"))
+    assert line.wait_seconds(3, pace) == 0.0
+    assert line.wait_seconds(2, pace) == pytest.approx(2 * 0.6)
+    line.admit(2, now=0.0)
+    assert line.wait_seconds(2, pace) == pytest.approx(0.6)
+    line.waiting.append(ticket("c"))
+    assert line.wait_seconds(2, pace) == pytest.approx(1.2)
+    assert pace.stay(4, 2) == pytest.approx(0.1 + 4 * 0.5 * 2)
+
+
+def test_pace_is_learned_by_load_and_borrowed_where_nothing_was_seen() -> None:
+    pace = Pace()
+    assert pace.item_seconds(8) == 0.0
+    for _ in range(100):
+        pace.round(1, 1, 1.0)
+        pace.round(8, 8, 2.0)
+    assert pace.item_seconds(1) == pace.item_seconds(4) == pytest.approx(1.0)
+    assert pace.item_seconds(8) == pace.item_seconds(32) == pytest.approx(0.25)
+    for _ in range(1000):
+        pace.round(8, 8, 4.0)
+    assert pace.item_seconds(8) == pytest.approx(0.5, rel=0.01)

@@ -27,14 +27,14 @@ class Line:
         self.waiting, self.refuse = waiting, refuse
         self.held: list[tuple[ListRequest, Future[ListResult]]] = []
 
-    def submit(self, request: ListRequest) -> Future[ListResult]:
+    def submit(self, request: ListRequest, catalog_version: str) -> Future[ListResult]:
         if self.refuse:
             raise EngineDraining("going")
         self.held.append((request, Future()))
         return self.held[-1][1]
 
     def status(self) -> EngineStatus:
-        return EngineStatus(True, True, 0, self.waiting, 0.0)
+        return EngineStatus(True, True, 0, self.waiting, 0.0, 0.0)
 
 
 ASKED = ListRequest("r", ((0, 0, 0, 0),), 3, deadline=1.0)
@@ -63,10 +63,10 @@ def test_a_list_is_the_same_without_speculation_and_counted_so(tiny: Tiny) -> No
             drawn = replace(asked, temperature=temperature, seed=1)
             answer = engine.submit(drawn).result(30)
             before = counts(registry).get("same", 0)
-            looking.look(drawn, answer)
+            looking.look(drawn, answer, tiny.catalog.version)
             until(lambda before=before: counts(registry).get("same", 0) == before + 1)
         spoilt = replace(answer, items=answer.items[::-1])
-        looking.look(replace(asked, temperature=0.8, seed=1), spoilt)
+        looking.look(replace(asked, temperature=0.8, seed=1), spoilt, tiny.catalog.version)
         until(lambda: counts(registry) == {"same": 2, "different": 1})
     finally:
         engine.stop()
@@ -74,7 +74,7 @@ def test_a_list_is_the_same_without_speculation_and_counted_so(tiny: Tiny) -> No
 
 def test_the_second_writing_has_a_name_and_a_time_of_its_own_and_no_speculation() -> None:
     line = Line()
-    shadow(line)[0].look(ASKED, ANSWER)
+    shadow(line)[0].look(ASKED, ANSWER, "v")
     ((again, _),) = line.held
     assert again.request_id != ASKED.request_id and not again.speculation
     assert again.deadline > time.monotonic()
@@ -87,36 +87,36 @@ def test_the_second_writing_has_a_name_and_a_time_of_its_own_and_no_speculation(
 def test_what_cannot_be_compared_is_not_written_again(asked: ListRequest) -> None:
     line = Line()
     looking, registry = shadow(line)
-    looking.look(asked, ANSWER)
+    looking.look(asked, ANSWER, "v")
     assert not line.held and not counts(registry)
 
 
 def test_a_shadow_waits_for_no_row_that_a_request_waits_for() -> None:
     looking, registry = shadow(Line(waiting=1))
-    looking.look(ASKED, ANSWER)
+    looking.look(ASKED, ANSWER, "v")
     assert counts(registry) == {"skipped": 1}
 
 
 def test_one_shadow_runs_at_a_time() -> None:
     line = Line()
     looking, registry = shadow(line)
-    looking.look(ASKED, ANSWER)
-    looking.look(ASKED, ANSWER)
+    looking.look(ASKED, ANSWER, "v")
+    looking.look(ASKED, ANSWER, "v")
     assert len(line.held) == 1 and counts(registry) == {"skipped": 1}
     line.held[0][1].set_result(ANSWER)
-    looking.look(ASKED, ANSWER)
+    looking.look(ASKED, ANSWER, "v")
     assert len(line.held) == 2 and counts(registry) == {"skipped": 1, "same": 1}
 
 
 def test_a_shadow_that_fails_or_is_refused_is_counted_and_the_next_one_runs() -> None:
     line = Line()
     looking, registry = shadow(line)
-    looking.look(ASKED, ANSWER)
+    looking.look(ASKED, ANSWER, "v")
     line.held[0][1].set_exception(EngineFailed("poisoned"))
     line.refuse = True
-    looking.look(ASKED, ANSWER)
+    looking.look(ASKED, ANSWER, "v")
     line.refuse = False
-    looking.look(ASKED, ANSWER)
+    looking.look(ASKED, ANSWER, "v")
     assert counts(registry) == {"failed": 1, "skipped": 1} and len(line.held) == 2
 
 
@@ -124,5 +124,5 @@ def test_none_is_written_again_unless_asked_for() -> None:
     line = Line()
     looking, registry = shadow(line, percent=0.0)
     for _ in range(100):
-        looking.look(ASKED, ANSWER)
+        looking.look(ASKED, ANSWER, "v")
     assert not line.held and not counts(registry)

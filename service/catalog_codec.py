@@ -1,26 +1,34 @@
 """How a catalog version lies in Redis: key names, values with a checksum, the meta document. No I/O here.
 
     padrec:active                     the version to serve
+    padrec:previous                   the version to go back to
+    padrec:out_of_stock               set: items that may not be recommended, whatever the version
     padrec:{version}:meta             header: levels, codebooks, attributes, counts
     padrec:{version}:popular          the most popular items, with codes and attributes
-    padrec:{version}:item:{bucket}    hash: item ID → codes
+    padrec:{version}:stock            codes of the items of this version that are out of stock
+    padrec:{version}:item:{bucket}    hash: item ID → codes and attributes
     padrec:{version}:sid:{bucket}     hash: codes → item ID
-    padrec:{version}:attributes:{bucket}   hash: item ID → attributes as JSON
 
-About 100 fields a bucket keep small hashes in Redis's packed encoding. A value's first four bytes are the CRC-32 of
-field and value, so one read tells a sound entry from a damaged, truncated or misplaced one.
+About 100 fields a bucket, and values below 64 bytes, keep small hashes in Redis's packed encoding: a million items take
+about 50 bytes each. A value's first four bytes are the CRC-32 of field and value, so one read tells a sound entry from
+a damaged, truncated or misplaced one. A code takes one byte where its codebook has at most 256, else two; attributes
+are a JSON list in the header's order, categories by their number in the header.
 """
 
 import json
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 Codes = tuple[int, ...]
 
 ACTIVE_KEY = "padrec:active"
+PREVIOUS_KEY = "padrec:previous"
+OUT_OF_STOCK_KEY = "padrec:out_of_stock"
+FORMAT = 2
 FIELDS_PER_BUCKET = 100
 NUM_POPULAR = 1000
 _CRC = struct.Struct(">I")
@@ -44,6 +52,8 @@ class CatalogHeader:
     def from_document(cls, document: Any, num_items: int | None = None) -> "CatalogHeader":
         """From the first line of `catalog.jsonl` (with `num_items`) or from the meta document. Raises Corrupt."""
         try:
+            if num_items is None and document["format"] != FORMAT:
+                raise Corrupt("the catalog is stored in another format: publish it again")
             sizes = tuple(document["codebook_sizes"])
             count = document["num_items"] if num_items is None else num_items
             header = cls(
@@ -68,6 +78,7 @@ class CatalogHeader:
 
     def document(self) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "catalog_version": self.version,
             "num_levels": len(self.codebook_sizes),
             "codebook_sizes": list(self.codebook_sizes),
@@ -87,30 +98,73 @@ class CatalogHeader:
 
     def keys(self) -> list[str]:
         """Every key of this version."""
-        kinds = ("item", "sid", "attributes")
-        buckets = [f"{kind}:{b}" for kind in kinds for b in range(self.num_buckets)]
-        return [f"padrec:{self.version}:{name}" for name in ("meta", "popular", *buckets)]
+        buckets = [f"{kind}:{b}" for kind in ("item", "sid") for b in range(self.num_buckets)]
+        return [f"padrec:{self.version}:{name}" for name in ("meta", "popular", "stock", *buckets)]
 
     def entries(self, item: "CatalogItem") -> list[tuple[str, bytes, bytes]]:
         """What is stored of one item: (kind, field, value) triples."""
         name, packed = item.item_id.encode(), self.pack(item.codes)
-        return [
-            ("item", name, packed),
-            ("sid", packed, name),
-            ("attributes", name, dump(item.attributes)),
-        ]
+        return [("item", name, packed + self.pack_attributes(item.attributes)), ("sid", packed, name)]
+
+    @cached_property
+    def _codes(self) -> struct.Struct:
+        return struct.Struct("<" + "".join("B" if size <= 256 else "H" for size in self.codebook_sizes))
+
+    @cached_property
+    def _values(self) -> dict[str, dict[str, int]]:
+        """For every category attribute the number of each of its values."""
+        of = {name: schema for name, schema in self.attributes.items() if schema.get("type") == "categories"}
+        return {name: {value: i for i, value in enumerate(schema.get("values", ()))} for name, schema in of.items()}
 
     def pack(self, codes: Codes) -> bytes:
-        return struct.pack(f"<{len(self.codebook_sizes)}H", *codes)
+        return self._codes.pack(*codes)
 
     def unpack(self, packed: bytes) -> Codes:
-        """Raises Corrupt."""
-        if len(packed) != 2 * len(self.codebook_sizes):
-            raise Corrupt("wrong length")
-        codes: Codes = struct.unpack(f"<{len(self.codebook_sizes)}H", packed)
+        """The codes a field or a value begins with. Raises Corrupt."""
+        if len(packed) < self._codes.size:
+            raise Corrupt("too short")
+        codes: Codes = self._codes.unpack_from(packed)
         if not self.fits(codes):
             raise Corrupt("a code outside its codebook")
         return codes
+
+    def pack_attributes(self, attributes: Mapping[str, Any]) -> bytes:
+        """Empty for none. Raises Corrupt for what the header does not describe."""
+        if not attributes:
+            return b""
+        if not attributes.keys() <= self.attributes.keys():
+            raise Corrupt("an attribute that the header does not have")
+        packed: list[Any] = []
+        for name in self.attributes:
+            value = attributes.get(name)
+            if value is not None and name in self._values:
+                try:
+                    numbers = [self._values[name][each] for each in value]
+                except (KeyError, TypeError) as exc:
+                    raise Corrupt("a category that the header does not have") from exc
+                value = numbers[0] if len(numbers) == 1 else numbers
+            elif not (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
+                raise Corrupt("an attribute of another type than the header says")
+            packed.append(value)
+        return dump(packed)
+
+    def unpack_attributes(self, packed: bytes) -> dict[str, Any]:
+        """The attributes in an item's value. Raises Corrupt."""
+        packed = packed[self._codes.size :]
+        if not packed:
+            return {}
+        attributes: dict[str, Any] = {}
+        try:
+            for name, value in zip(self.attributes, load(packed), strict=True):
+                if value is None:
+                    continue
+                if name in self._values:
+                    names = self.attributes[name]["values"]
+                    value = [names[i] for i in (value if isinstance(value, list) else [value])]
+                attributes[name] = value
+        except (TypeError, ValueError, LookupError) as exc:
+            raise Corrupt("attributes that the header does not describe") from exc
+        return attributes
 
 
 @dataclass(frozen=True)
@@ -141,6 +195,7 @@ class CatalogItem:
             or not header.fits(item.codes)
         ):
             raise Corrupt("an item has a wrong field")
+        header.pack_attributes(item.attributes)
         return item
 
     def document(self) -> dict[str, Any]:
@@ -170,6 +225,23 @@ def meta_key(version: str) -> str:
 
 def popular_key(version: str) -> str:
     return f"padrec:{version}:popular"
+
+
+def stock_key(version: str) -> str:
+    return f"padrec:{version}:stock"
+
+
+def pack_stock(header: CatalogHeader, codes: Iterable[Codes]) -> bytes:
+    """Codes of what is out of stock, under a checksum. Equal stock, equal bytes."""
+    return seal(header.version.encode(), b"".join(sorted(header.pack(each) for each in codes)))
+
+
+def unpack_stock(header: CatalogHeader, sealed: bytes) -> list[Codes]:
+    """Raises Corrupt."""
+    packed, size = unseal(header.version.encode(), sealed), len(header.pack((0,) * len(header.codebook_sizes)))
+    if len(packed) % size:
+        raise Corrupt("wrong length")
+    return [header.unpack(packed[i : i + size]) for i in range(0, len(packed), size)]
 
 
 def seal(field: bytes, value: bytes) -> bytes:
