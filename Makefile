@@ -8,7 +8,7 @@ RECBOLE := recbole==1.2.1
 BUNDLE ?= model/bundles/movielens-100k
 ONCE ?=
 
-.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve peers bench-peers train check format cover manifests drills load clean
+.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve peers bench-peers train fuzz check format cover manifests drills load clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -106,5 +106,12 @@ format: install-dev ## format the code
 cover: install-dev data ## tests with branch coverage
 	$(BIN)/python -m pytest -q --cov --cov-branch --cov-report=term
 
+.fuzz/bin/schemathesis: | $(BIN)/python
+	$(PYTHON) -m venv .fuzz
+	.fuzz/bin/pip install --quiet --disable-pip-version-check schemathesis==4.32.5
+
+fuzz: install .fuzz/bin/schemathesis ## schemathesis with every check against a running service
+	$(BIN)/python -m tests.fuzz.run .fuzz/bin/schemathesis --bundle $(BUNDLE)
+
 clean: ## remove what the targets made
-	rm -rf $(VENV) .tools .peers .data runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .tools .fuzz .peers .data runs .pytest_cache .mypy_cache .ruff_cache

@@ -72,7 +72,8 @@ async def measure(bundle: Path, num_items: int, seconds: float) -> dict[str, Any
 
 async def _watch(url: str, catalog: CatalogFile, path: Path, redis_url: str, seconds: float) -> dict[str, Any]:
     history = [list(item.codes) for item in catalog.by_popularity[:10]]
-    versions = (catalog.header.version, json.loads(path.open(encoding="utf-8").readline())["catalog_version"])
+    with path.open(encoding="utf-8") as file:
+        versions = (catalog.header.version, str(json.loads(file.readline())["catalog_version"]))
     samples: list[tuple[float, float]] = []  # when it was asked, and how long it took
     async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client:
         await _ready(client)

@@ -57,7 +57,7 @@ def _unwrap_items(value: object) -> object:
     return [v["item_id"] if isinstance(v, dict) and len(v) == 1 and "item_id" in v else v for v in value]
 
 
-_ITEM_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": 128}
+_ITEM_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": 128, "pattern": _NO_CONTROLS}
 _HISTORY_SCHEMA: dict[str, Any] = {
     "type": "array",
     "maxItems": 10_000,

@@ -11,6 +11,7 @@ from typing import Any
 from service.errors import BadBody, FieldError, pointer
 
 MAX_DEPTH = 32
+MAX_EXACT = 2**53 - 1  # past it neighbouring integers are one and the same float
 
 
 class _RepeatedKeys(dict[str, Any]):
@@ -37,6 +38,8 @@ def parse(body: bytes) -> Any:
 
     def number(digits: str) -> float:
         value = float(digits)
+        if value.is_integer() and abs(value) <= MAX_EXACT:
+            return int(value)  # JSON has one kind of number: 10.0 is an integer
         return value if math.isfinite(value) else suspect(value)
 
     try:

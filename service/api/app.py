@@ -4,6 +4,7 @@ Free of torch and `model`: it starts in a moment and runs in small pods.
 """
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -88,9 +89,15 @@ def create_app(
         )
     )
     plain_openapi = app.openapi
+    described: dict[str | None, dict[str, Any]] = {}
 
     def openapi() -> dict[str, Any]:
-        return app.openapi_schema or add_schemas(plain_openapi())
+        version = None if catalog.current is None else catalog.current.version
+        if version not in described:
+            attributes = None if catalog.current is None else catalog.current.header.attributes
+            described.clear()
+            described[version] = add_schemas(copy.deepcopy(plain_openapi()), settings, attributes)
+        return described[version]
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app

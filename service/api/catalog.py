@@ -109,17 +109,11 @@ class CatalogVersion:
 
     async def codes_of(self, item_ids: Iterable[str]) -> Mapped[str, Codes]:
         """Semantic IDs of items."""
-        mapped = await self._map("item", self._codes, item_ids, str.encode, self.header.unpack)
-        for item_id, codes in mapped.found.items():
-            self._items.put(codes, item_id)
-        return mapped
+        return await self._map("item", self._codes, item_ids, str.encode, self.header.unpack, self._items)
 
     async def items_of(self, codes: Iterable[Codes]) -> Mapped[Codes, str]:
         """Items of semantic IDs. The codes must fit the codebooks."""
-        mapped = await self._map("sid", self._items, codes, self.header.pack, bytes.decode)
-        for found, item_id in mapped.found.items():
-            self._codes.put(item_id, found)
-        return mapped
+        return await self._map("sid", self._items, codes, self.header.pack, bytes.decode, self._codes)
 
     async def attributes_of(self, item_ids: Iterable[str]) -> Mapped[str, Mapping[str, Any]]:
         return await self._map("attributes", self._attributes, item_ids, str.encode, self.header.unpack_attributes)
@@ -131,7 +125,9 @@ class CatalogVersion:
         keys: Iterable[K],
         encode: Callable[[K], bytes],
         decode: Callable[[bytes], V],
+        mirror: Lru[V, K] | None = None,
     ) -> Mapped[K, V]:
+        """What was not in `cache` is read and put there, and into `mirror` the other way round."""
         mapped: Mapped[K, V] = Mapped()
         missing: dict[bytes, K] = {}
         for key in keys:
@@ -147,6 +143,8 @@ class CatalogVersion:
             for key in missing.values():
                 if key in mapped.found:
                     cache.put(key, mapped.found[key])
+                    if mirror is not None:
+                        mirror.put(mapped.found[key], key)
         return mapped
 
     async def _read(

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -26,6 +26,8 @@ from service.schemas import (
 )
 from service.settings import Settings
 from service.strict_json import parse
+
+MAX_NAMED_VALUES = 1000  # categories of an attribute that the documentation names
 
 _PROBLEMS = {
     400: "The body is not strict UTF-8 JSON",
@@ -120,7 +122,10 @@ def _documented(answer: type[BaseModel], body: str, examples: dict[str, Any]) ->
         "responses": {status: {"description": text, "content": problem} for status, text in _PROBLEMS.items()},
         "openapi_extra": {
             "requestBody": {"required": True, "content": {"application/json": schema}},
-            "parameters": [_parameter("X-Request-Id", "string"), _parameter("X-Request-Timeout-Ms")],
+            "parameters": [
+                _parameter("X-Request-Id", {"type": "string"}),
+                _parameter("X-Request-Timeout-Ms", {"type": "integer", "minimum": 1, "maximum": 999_999_999}),
+            ],
         },
     }
 
@@ -138,8 +143,11 @@ def server_timing(timings: RecommendTimings) -> str:
     return ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.model_dump().items())
 
 
-def add_schemas(document: dict[str, Any]) -> dict[str, Any]:
-    """Bodies that FastAPI does not see, for the route reads them itself, put into the OpenAPI document."""
+def add_schemas(
+    document: dict[str, Any], settings: Settings, attributes: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """Bodies that FastAPI does not see, for the route reads them itself, put into the OpenAPI document: as narrow as
+    these settings and the `attributes` of the active catalog make them."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for model in (RecommendRequest, RecommendBatch, Problem):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -147,8 +155,29 @@ def add_schemas(document: dict[str, Any]) -> dict[str, Any]:
         schemas[model.__name__] = schema
     # Each is read by itself, so that a wrong one fails alone; the schema knows what they are.
     schemas["RecommendBatch"]["properties"]["requests"]["items"] = {"$ref": "#/components/schemas/RecommendRequest"}
+    fields = schemas["RecommendRequest"]["properties"]
+    fields["history"]["maxItems"], fields["exclude"]["maxItems"] = (
+        settings.max_history_items,
+        settings.max_exclude_items,
+    )
+    fields["k"]["anyOf"][0]["maximum"] = settings.max_k
+    if attributes is not None:
+        filters = {name: _filter_schema(schema) for name, schema in attributes.items()}
+        fields["filters"] |= {"properties": filters, "additionalProperties": False}
+        fields["filters"].pop("patternProperties", None)
     return document
 
 
-def _parameter(name: str, kind: str = "integer") -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": False, "schema": {"type": kind}}
+def _filter_schema(attribute: Mapping[str, Any]) -> dict[str, Any]:
+    """The filter that an attribute of the catalog takes."""
+    if attribute.get("type") == "categories":
+        value = {"type": "string", "enum": list(attribute.get("values", ()))[:MAX_NAMED_VALUES]}
+        any_of = {"type": "array", "items": value, "minItems": 1, "maxItems": 100}
+        return {"type": "object", "properties": {"any": any_of}, "required": ["any"], "additionalProperties": False}
+    bounds = {"min": {"type": "number"}, "max": {"type": "number"}}
+    either = [{"required": [name]} for name in bounds]
+    return {"type": "object", "properties": bounds, "anyOf": either, "additionalProperties": False}
+
+
+def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "schema": schema}

@@ -13,7 +13,7 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -75,9 +75,17 @@ class Worker:
     ejections: int = 0
     ejected_until: float = 0.0
 
+    _paths: dict[str, httpx.URL] = field(default_factory=dict)
+
     @property
     def load(self) -> int:
         return self.in_flight + self.others
+
+    def at(self, path: str) -> httpx.URL:
+        """Its URL with `path`, made once: it costs more than the rest of a request."""
+        if path not in self._paths:
+            self._paths[path] = self.url.copy_with(raw_path=path.encode())
+        return self._paths[path]
 
 
 class WorkerClient:
@@ -268,7 +276,7 @@ class WorkerClient:
             extensions["sni_hostname"] = httpx.URL(worker.name).host
         request = httpx.Request(
             method,
-            worker.url.copy_with(raw_path=path.encode()),
+            worker.at(path),
             headers=self._headers | (_JSON | tracing.current_headers() if content is not None else {}),
             content=content,
             extensions=extensions,

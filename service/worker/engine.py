@@ -324,7 +324,8 @@ class Engine:
             ticket.edition.decoder.cancel(ticket.request.request_id)
             _fail(ticket.future, error)
         with self._changed:
-            return self.scheduler.admit(min(free, MAX_PREFILL), now)
+            # By the clock of now: who came since the turn began must not seem to have waited less than nothing.
+            return self.scheduler.admit(min(free, MAX_PREFILL), time.monotonic())
 
     def _close_old_editions(self, now: float) -> None:
         if len(self.editions) > 1:

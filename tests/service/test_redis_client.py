@@ -16,6 +16,7 @@ from service import child
 from service.api.catalog import Catalog
 from service.api.publish import publish, roll_back, set_stock
 from service.api.redis_cache import RedisCache, RedisDown
+from service.catalog_codec import stock_key
 from service.embedded_valkey import ValkeyProcess, valkey_binary
 from service.metrics import ApiMetrics
 from service.redis_client import REDIS_ERRORS, close, connect, get, url_fault
@@ -137,10 +138,16 @@ async def test_a_user_with_few_rights_can_do_all_a_reader_does(valkey: ValkeyPro
     """The rights are those SECURITY.md tells operators to give."""
     admin = connect(valkey.url, 1)
     security = (Path(__file__).parents[2] / "SECURITY.md").read_text(encoding="utf-8")
-    rights = next(line for line in security.splitlines() if line.startswith("ACL SETUSER padrec-api ")).split()[3:]
-    await admin.execute_command("ACL", "SETUSER", "padrec-api", *[r.replace("SECRET", "s3cret") for r in rights])
-    reader = valkey.url.replace("unix://", "unix://padrec-api:s3cret@")
-    await whole_story(valkey.url, tmp_path, reader)
+    users = [line.split()[2:] for line in security.splitlines() if line.startswith("ACL SETUSER ")]
+    assert [name for name, *_ in users] == ["padrec-api", "padrec-worker", "padrec-publish"]
+    for name, *rights in users:
+        await admin.execute_command("ACL", "SETUSER", name, *[r.replace("SECRET", "s3cret") for r in rights])
+    reader, worker, publisher = (valkey.url.replace("unix://", f"unix://{name}:s3cret@") for name, *_ in users)
+    await whole_story(publisher, tmp_path, reader)
+    client = connect(worker, 1)
+    assert len((await read_catalog(client, VERSION)).items) == NUM_ITEMS
+    assert await get(client, stock_key(VERSION)) is not None
+    await close(client)
     client = connect(reader, 1)
     for forbidden in ("FLUSHALL", "DEL padrec:active", "KEYS *", "SET padrec:active x", "GET other"):
         with pytest.raises(REDIS_ERRORS):

@@ -54,6 +54,15 @@ def test_the_place_of_a_defect_is_given(body: bytes, where: str) -> None:
     assert [error.pointer for error in caught.value.errors] == [where]
 
 
+@pytest.mark.parametrize(("text", "value"), [(b"10.0", 10), (b"1e3", 1000), (b"-0.0", 0), (b"2.5", 2.5)])
+def test_an_integer_is_one_however_it_is_written(text: bytes, value: float) -> None:
+    assert (parse(text), type(parse(text))) == (value, type(value))
+
+
+def test_a_float_past_the_exact_ones_stays_a_float() -> None:
+    assert type(parse(b"9007199254740993.0")) is float
+
+
 def test_an_escaped_pair_of_surrogates_is_one_sound_character() -> None:
     assert parse(b'["\\ud83d\\ude00", 1.5]') == ["\U0001f600", 1.5]
     assert math.isfinite(parse(b"1e300"))

@@ -56,7 +56,7 @@ BAD_INPUT: dict[str, tuple[bytes, int, str | None]] = {
     "k over the limit": (body(k=101), 422, "/k"),
     "k = 10^30": (body(k=10**30), 422, "/k"),
     "k as text": (body(k="10"), 422, "/k"),
-    "k as a fraction": (body(k=10.0), 422, "/k"),
+    "k as a fraction": (body(k=10.5), 422, "/k"),
     "k as a boolean": (body(k=True), 422, "/k"),
     "an unknown strategy": (body(strategy="beam"), 422, "/strategy"),
     "an unknown field": (body(colour="red"), 422, "/colour"),
@@ -77,7 +77,7 @@ BAD_INPUT: dict[str, tuple[bytes, int, str | None]] = {
     "top_p NaN": (b'{"history": [], "top_p": NaN}', 400, "/top_p"),
     "a seed below zero": (body(seed=-1), 422, "/seed"),
     "a seed that JSON readers would round": (body(seed=2**53), 422, "/seed"),
-    "a seed as a fraction": (body(seed=1.0), 422, "/seed"),
+    "a seed as a fraction": (body(seed=1.5), 422, "/seed"),
     "a seed as text": (body(seed="7"), 422, "/seed"),
     "a seed as a boolean": (body(seed=True), 422, "/seed"),
     "speculation as a boolean": (body(speculation=True), 422, "/speculation"),
@@ -206,6 +206,17 @@ async def test_openapi_describes_both_bodies_and_every_refusal(standing: ValkeyP
     referenced = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}
     assert referenced <= set(schemas)
     asked = schemas["RecommendRequest"]["properties"]
+    assert schemas["RecommendBatch"]["properties"]["requests"]["items"] == {
+        "$ref": "#/components/schemas/RecommendRequest"
+    }
+    assert asked["k"]["anyOf"][0]["maximum"] == asked["history"]["maxItems"] / 10 == 100
+    assert set(asked["filters"]["properties"]) == {"genre", "year"}
+    assert asked["filters"]["properties"]["genre"]["properties"]["any"]["items"]["enum"] == [
+        "Comedy",
+        "Drama",
+        "Horror",
+    ]
+    assert asked["filters"]["additionalProperties"] is False
     assert asked["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
     assert asked["top_p"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
     assert asked["seed"]["anyOf"][0] == {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
