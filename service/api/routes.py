@@ -153,8 +153,9 @@ def add_schemas(
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
-    # Each is read by itself, so that a wrong one fails alone; the schema knows what they are.
-    schemas["RecommendBatch"]["properties"]["requests"]["items"] = {"$ref": "#/components/schemas/RecommendRequest"}
+    # What is no request fails alone, with a status of its own: the batch takes anything.
+    request: dict[str, Any] = {"$ref": "#/components/schemas/RecommendRequest"}
+    schemas["RecommendBatch"]["properties"]["requests"]["items"] = {"anyOf": [request, {}]}
     fields = schemas["RecommendRequest"]["properties"]
     fields["history"]["maxItems"], fields["exclude"]["maxItems"] = (
         settings.max_history_items,
@@ -170,13 +171,16 @@ def add_schemas(
 
 def _filter_schema(attribute: Mapping[str, Any]) -> dict[str, Any]:
     """The filter that an attribute of the catalog takes."""
+    names = ("any", "min", "max")
+    fields: dict[str, dict[str, Any]] = {name: {"type": "null"} for name in names}
+    closed = {"type": "object", "properties": fields, "additionalProperties": False}
     if attribute.get("type") == "categories":
         value = {"type": "string", "enum": list(attribute.get("values", ()))[:MAX_NAMED_VALUES]}
-        any_of = {"type": "array", "items": value, "minItems": 1, "maxItems": 100}
-        return {"type": "object", "properties": {"any": any_of}, "required": ["any"], "additionalProperties": False}
-    bounds = {"min": {"type": "number"}, "max": {"type": "number"}}
-    either = [{"required": [name]} for name in bounds]
-    return {"type": "object", "properties": bounds, "anyOf": either, "additionalProperties": False}
+        fields["any"] = {"type": "array", "items": value, "minItems": 1, "maxItems": 100}
+        return closed | {"required": ["any"]}
+    fields["min"] = fields["max"] = {"type": ["number", "null"]}
+    either = [{"required": [name], "properties": {name: {"type": "number"}}} for name in names[1:]]
+    return closed | {"anyOf": either}
 
 
 def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
