@@ -63,10 +63,10 @@ def test_a_list_is_the_same_without_speculation_and_counted_so(tiny: Tiny) -> No
             drawn = replace(asked, temperature=temperature, seed=1)
             answer = engine.submit(drawn).result(30)
             before = counts(registry).get("same", 0)
-            looking.look(drawn, answer, tiny.catalog.version)
+            looking.look(drawn, answer, engine.catalog_version)
             until(lambda before=before: counts(registry).get("same", 0) == before + 1)
         spoilt = replace(answer, items=answer.items[::-1])
-        looking.look(replace(asked, temperature=0.8, seed=1), spoilt, tiny.catalog.version)
+        looking.look(replace(asked, temperature=0.8, seed=1), spoilt, engine.catalog_version)
         until(lambda: counts(registry) == {"same": 2, "different": 1})
     finally:
         engine.stop()
