@@ -8,7 +8,7 @@ RECBOLE := recbole==1.2.1
 BUNDLE ?= model/bundles/movielens-100k
 ONCE ?=
 
-.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve peers bench-peers train fuzz check format cover manifests clean
+.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve peers bench-peers train fuzz check format cover manifests drills load clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,33 @@ check: install-dev ## ruff, mypy strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+drills: install data ## fault drills against the real service, measured against what they promise (about ten minutes)
+	$(BIN)/python -m tests.drills.run --bundle $(BUNDLE)
+
+load: install data ## the knee: latency over offered load, open loop, speculation on and off
+	$(BIN)/python -m tests.load.knee --bundle $(BUNDLE)
+
+OVERLAYS := overlays/dev overlays/production overlays/production-hpa overlays/production-canary jobs/publish jobs/train
+
+# The Debian package holds the one binary we want; nothing is installed into the system. A first try of the machine's
+# own package lists, then fresh ones, which need root.
+.tools/promtool:
+	@mkdir -p .tools
+	cd .tools && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; }
+	cd .tools && dpkg -x prometheus_*.deb unpacked && mv unpacked/usr/bin/promtool . && rm -r unpacked prometheus_*.deb
+
+# An environment of its own: its hundred packages need other versions than ours.
+.tools/checkov/.installed:
+	$(PYTHON) -m venv .tools/checkov
+	.tools/checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+	@touch $@
+
+manifests: install-dev .tools/promtool .tools/checkov/.installed ## render, validate, test and policy-check deploy/ and docker/
+	$(BIN)/python -m pytest -q tests/deploy tests/docker
+	@rm -rf .tools/rendered && mkdir -p .tools/rendered
+	@for each in $(OVERLAYS); do $(BIN)/kubectl kustomize deploy/$$each > .tools/rendered/$${each//\//-}.yaml || exit 1; done
+	.tools/checkov/bin/checkov -d .tools/rendered --config-file deploy/checkov.yaml
+
 format: install-dev ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -87,4 +114,4 @@ fuzz: install .fuzz/bin/schemathesis ## schemathesis with every check against a 
 	$(BIN)/python -m tests.fuzz.run .fuzz/bin/schemathesis --bundle $(BUNDLE)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .fuzz .peers .data runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .tools .fuzz .peers .data runs .pytest_cache .mypy_cache .ruff_cache

@@ -5,12 +5,14 @@
 #   docker build -f docker/worker.Dockerfile -t padrec-worker:0.1.0-cuda \
 #     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 #   docker run --gpus 1 -e PADREC_DEVICE=cuda -v "$PWD/bundle:/bundle:ro" padrec-worker:0.1.0-cuda
+# For training (deploy/jobs/train), either with --build-arg EXTRAS=worker,train.
 
 FROM python:3.11.16-slim-trixie@sha256:e41613d42d4891e4930f79523f93f81bbc7632584ec65e36ab055f41a800b41e AS python
 
 
 FROM python AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG EXTRAS=worker
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 # The compiler stays in this stage: it builds model/native/kernel.cpp.
 # hadolint ignore=DL3008
@@ -23,7 +25,7 @@ RUN /opt/padrec/bin/pip install --no-deps --index-url "${TORCH_INDEX}" -c constr
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY model model
-RUN /opt/padrec/bin/pip install -c constraints.txt '.[worker]' && /opt/padrec/bin/pip check
+RUN /opt/padrec/bin/pip install -c constraints.txt ".[${EXTRAS}]" && /opt/padrec/bin/pip check
 
 
 FROM python

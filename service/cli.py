@@ -40,8 +40,13 @@ FORWARDED = {
 MEASURES = " | ".join(words[1] for words in FORWARDED if words[0] == "bench")
 
 _COMMON = ("log_level",)
-_HTTP = ("host", "port", "metrics_port", "drain_seconds", "finish_seconds", "poll_seconds", *_COMMON)
-_ENGINE = ("bundle", "num_rows", "max_waiting", "max_wait_ms", "threads", "device", "dtype", "max_k")
+_HTTP = (
+    "host", "port", "metrics_port", "drain_seconds", "finish_seconds", "poll_seconds", "otlp_endpoint", "trace_percent",
+    *_COMMON,
+)  # fmt: skip
+_ENGINE = (
+    "bundle", "num_rows", "max_waiting", "max_wait_ms", "threads", "device", "dtype", "max_k", "shadow_percent",
+)  # fmt: skip
 _API = (
     "redis_url", "redis_timeout_ms", "worker_urls", "catalog_file", "api_keys_file", "max_body_bytes", "body_seconds",
     "max_history_items", "max_exclude_items", "max_k", "default_k", "deadline_ms", "max_in_flight", "lru_items",

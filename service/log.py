@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
+trace_id: ContextVar[str] = ContextVar("trace_id", default="")
 
 _PLAIN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -33,6 +34,8 @@ class JsonFormatter(logging.Formatter):
         }
         if current := request_id.get():
             entry["request_id"] = current
+        if current := trace_id.get():
+            entry["trace_id"] = current
         entry |= {k: v for k, v in vars(record).items() if k not in _PLAIN}
         if record.exc_info and record.exc_info[1] is not None:
             entry["exception"] = "".join(traceback.format_exception(record.exc_info[1]))

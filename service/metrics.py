@@ -55,6 +55,12 @@ class HttpMetrics:
             buckets=_SHORT,
             registry=registry,
         )
+        self.trace_spans = Counter(
+            f"{PREFIX}_trace_spans_total",
+            "Spans for the collector: sent, or dropped because it is slow or away",
+            ("result",),
+            registry=registry,
+        )
         self.build_info = Gauge(
             f"{PREFIX}_build_info",
             "Always 1; the labels say what runs",
@@ -200,6 +206,21 @@ class WorkerMetrics(HttpMetrics):
             f"{PREFIX}_model_info",
             "Always 1; the labels say which bundle is served",
             ("name", "model_version", "catalog_version"),
+            registry=registry,
+        )
+        self.shadow_lists = Counter(
+            f"{PREFIX}_shadow_lists_total",
+            "Lists of the shadow sample by result: same, different (must stay 0), skipped, failed",
+            ("result",),
+            registry=registry,
+        )
+        # Present from the start: an increase from nothing to one is none to PromQL.
+        for result in ("same", "different", "skipped", "failed"):
+            self.shadow_lists.labels(result)
+        self.gpu_memory = Gauge(
+            f"{PREFIX}_gpu_memory_bytes",
+            "Memory of the GPU: allocated by tensors, reserved by the process; absent on a CPU",
+            ("kind",),
             registry=registry,
         )
         self.catalog_swaps = Counter(

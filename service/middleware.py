@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import log
+from service import log, tracing
 from service.errors import (
     PROBLEM_JSON,
     BodyTimeout,
@@ -58,6 +58,7 @@ class Ticket:
     request_id: str
     internal_id: str
     started: float
+    trace: tracing.Trace
     outcome: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -65,19 +66,23 @@ class Ticket:
 class Door:
     """Wraps a whole application: gives each request a Ticket and sees that it is answered, counted and logged."""
 
-    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, drain: Drain, keys: Keys | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: HttpMetrics, drain: Drain, spans: tracing.Spans, keys: Keys | None = None
+    ) -> None:
         self.app = app
         self.metrics = metrics
         self.drain = drain
+        self.spans = spans
         self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        ticket = _ticket(scope)
+        ticket = _ticket(scope, self.spans.sample)
         scope.setdefault("state", {})["ticket"] = ticket
-        token = log.request_id.set(ticket.request_id)
+        tokens = log.request_id.set(ticket.request_id), log.trace_id.set(ticket.trace.trace_id)
+        trace_token = tracing.current.set(ticket.trace)
         status = 0
 
         async def send_stamped(message: Message) -> None:
@@ -106,7 +111,9 @@ class Door:
             self.drain.in_flight -= 1
             self.metrics.inflight.dec()
             self._record(scope, ticket, status)
-            log.request_id.reset(token)
+            tracing.current.reset(trace_token)
+            log.trace_id.reset(tokens[1])
+            log.request_id.reset(tokens[0])
 
     def _record(self, scope: Scope, ticket: Ticket, status: int) -> None:
         # The route's template, never the path: unknown paths must not become labels.
@@ -125,6 +132,25 @@ class Door:
                 "duration_ms": round(seconds * 1000, 3),
             }
             access.log(level, "request", extra=fields | ticket.fields)
+        if ticket.trace.sampled and route not in _PROBES:
+            end = time.time_ns()
+            self.spans.add(
+                tracing.Span(
+                    ticket.trace,
+                    f"{scope['method']} {route}",
+                    end - round(seconds * 1e9),
+                    end,
+                    failed=status >= 500,
+                    attributes={
+                        "http.request.method": scope["method"],
+                        "http.route": route,
+                        "http.response.status_code": status,
+                        "padrec.outcome": outcome,
+                        "padrec.request_id": ticket.request_id,
+                        **{f"padrec.{name}": value for name, value in ticket.fields.items()},
+                    },
+                )
+            )
 
 
 class Admission:
@@ -260,14 +286,18 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _ticket(scope: Scope) -> Ticket:
+def _ticket(scope: Scope, sample: float) -> Ticket:
     internal_id = uuid.uuid4().hex
-    request_id = internal_id
+    request_id, parent, state = internal_id, "", ""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             given = value.decode("latin-1")
             request_id = given if _PLAIN_ID.fullmatch(given) else internal_id
-    return Ticket(request_id, internal_id, time.monotonic())
+        elif name == b"traceparent":
+            parent = value.decode("latin-1")
+        elif name == b"tracestate":
+            state = value.decode("latin-1")
+    return Ticket(request_id, internal_id, time.monotonic(), tracing.begin(parent, state, sample))
 
 
 def _outcome(status: int) -> str:

@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(2.0, ge=0, le=120, description="after SIGTERM: time unready but still serving")
     finish_seconds: float = Field(10.0, ge=0, le=300, description="after that: time for running requests to finish")
 
+    otlp_endpoint: str | None = Field(None, description="OTLP/HTTP collector to send traces to: http://host:4318")
+    trace_percent: float = Field(1.0, ge=0, le=100, description="share of new traces sent; a caller's flag is obeyed")
+
     bundle: Path | None = Field(None, description="bundle folder")
     catalog_file: Path | None = Field(None, description="durable copy of the catalog for the API")
     redis_url: SecretStr = Field(
@@ -74,6 +77,9 @@ class Settings(BaseSettings):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="the worker's precision")
     prefill_tokens: int = Field(512, ge=1, description="prompt tokens the worker reads between two rounds")
     num_rows: int = Field(32, ge=1, le=4096, description="requests the worker decodes at once")
+    shadow_percent: float = Field(
+        0.0, ge=0, le=100, description="share of lists written again without speculation, to compare"
+    )
     max_waiting: int = Field(128, ge=0, le=100_000, description="requests the worker lets wait")
     max_wait_ms: int = Field(10_000, ge=1, le=600_000, description="predicted wait the worker's line may reach")
 
@@ -90,6 +96,13 @@ class Settings(BaseSettings):
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError("every worker URL must look like http://host:port")
         return tuple(url.rstrip("/") for url in value)
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname):
+            raise ValueError("must look like http://host:port")
+        return value
 
     @field_validator("redis_url")
     @classmethod
@@ -128,6 +141,7 @@ class Settings(BaseSettings):
         plain = self.model_dump(mode="json")
         plain["worker_key"] = "***" if self.worker_key else None
         plain["redis_url"] = mask_url(self.redis_url.get_secret_value())
+        plain["otlp_endpoint"] = self.otlp_endpoint and mask_url(self.otlp_endpoint)
         plain["worker_urls"] = [mask_url(url) for url in self.worker_urls]
         return plain
 

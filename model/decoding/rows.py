@@ -232,6 +232,7 @@ class Rows:
             decode_seconds=row.decode_seconds,
         )
 
+    @torch.inference_mode()  # a table that grew inside a round may not be written outside of one
     def free(self, index: int) -> None:
         row = self.row(index)
         self.filters.release(row.filter_slot)

@@ -24,6 +24,7 @@ from service.middleware import Admission, Door, cancel, install_errors
 from service.probes import Drain, Health, metrics_server, probe_routes
 from service.redis_client import connect
 from service.settings import Settings, SettingsError
+from service.tracing import Spans
 
 
 def create_app(
@@ -44,6 +45,7 @@ def create_app(
     transport = worker_transport or _transport(settings)
     workers = WorkerClient(transport, settings, metrics, as_named if worker_transport else addresses)
     recommender = Recommender(catalog, workers, settings, metrics)
+    spans = Spans(settings, "padrec-api", __version__, metrics)
     admission = Admission(settings.max_in_flight, drain, metrics)
 
     @asynccontextmanager
@@ -51,11 +53,12 @@ def create_app(
         async with AsyncExitStack() as stack:
             stack.push_async_callback(cache.close)
             stack.push_async_callback(transport.aclose)
+            stack.push_async_callback(spans.close)
             stack.enter_context(metrics_server(settings.host, settings.metrics_port, registry))
             await catalog.start()
             await workers.discover()
             await workers.look_at_all()
-            for background in (catalog.follow(), workers.poll()):
+            for background in (catalog.follow(), workers.poll(), spans.run()):
                 stack.push_async_callback(cancel, asyncio.create_task(background))
             yield
 
@@ -74,7 +77,7 @@ def create_app(
         summary="Recommendations by a generative model with speculative decoding",
         lifespan=lifespan,
     )
-    app.add_middleware(Door, metrics=metrics, drain=drain, keys=_keys(settings))
+    app.add_middleware(Door, metrics=metrics, drain=drain, spans=spans, keys=_keys(settings))
     install_errors(app)
     app.include_router(recommend_routes(recommender, admission, settings))
     app.include_router(

@@ -20,6 +20,7 @@ from service.schemas import (
     RecommendBatchResponse,
     RecommendRequest,
     RecommendResponse,
+    RecommendTimings,
     parse_recommend,
     validate,
 )
@@ -73,7 +74,8 @@ def recommend_routes(recommender: Recommender, admission: Admission, settings: S
             work = answer(wanted, ticket, (header_deadline_ms(request),))
             response: RecommendResponse = await while_connected(request.receive, work)
         note_outcome(ticket, response)
-        return Response(response.model_dump_json(exclude_unset=True), media_type="application/json")
+        timings = {"server-timing": server_timing(response.timings_ms)}
+        return Response(response.model_dump_json(exclude_unset=True), headers=timings, media_type="application/json")
 
     async def recommend_batch(request: Request) -> Response:
         """Up to 32 requests at once, each with a status of its own. Read-only: safe to send again.
@@ -134,6 +136,11 @@ def note_outcome(ticket: Ticket, answer: RecommendResponse) -> None:
     ticket.outcome = "fallback" if not from_model else "degraded" if answer.degraded else "ok"
     ticket.fields["items"] = len(answer.items)
     ticket.fields["degraded"] = [d.code for d in answer.degraded]
+
+
+def server_timing(timings: RecommendTimings) -> str:
+    """The same times as a Server-Timing header (W3C), which browsers and proxies show."""
+    return ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.model_dump().items())
 
 
 def add_schemas(

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
+from service import tracing
 from service.errors import (
     CatalogMismatch,
     DeadlinePassed,
@@ -275,7 +276,7 @@ class WorkerClient:
         request = httpx.Request(
             method,
             worker.at(path),
-            headers=self._headers | (_JSON if content is not None else {}),
+            headers=self._headers | (_JSON | tracing.current_headers() if content is not None else {}),
             content=content,
             extensions=extensions,
         )

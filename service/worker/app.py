@@ -24,9 +24,11 @@ from service.metrics import WorkerMetrics, new_registry
 from service.middleware import Admission, Door, cancel, install_errors
 from service.probes import Drain, Health, metrics_server, probe_routes
 from service.settings import Settings, SettingsError
+from service.tracing import Spans
 from service.worker.catalog_feed import CatalogFeed
 from service.worker.engine import Edition, Engine
 from service.worker.routes import Served, generate_routes
+from service.worker.shadow import Shadow
 
 STRATEGY = "list"
 
@@ -87,11 +89,16 @@ def create_app(
     metrics.queue_requests.set_function(lambda: engine.status().waiting)
     metrics.queue_oldest_age.set_function(lambda: engine.status().oldest_wait_seconds)
 
+    if settings.device != "cpu":
+        metrics.gpu_memory.labels("allocated").set_function(lambda: torch.cuda.memory_allocated(settings.device))
+        metrics.gpu_memory.labels("reserved").set_function(lambda: torch.cuda.memory_reserved(settings.device))
+    spans = Spans(settings, "padrec-worker", __version__, metrics)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         engine.start()
-        tasks = [asyncio.create_task(_time_warm_up(engine, metrics, started))]
+        tasks = [asyncio.create_task(_time_warm_up(engine, metrics, started)), asyncio.create_task(spans.run())]
         if feed is not None:
             tasks.append(asyncio.create_task(feed.follow()))
         try:
@@ -100,6 +107,7 @@ def create_app(
         finally:
             for task in tasks:
                 await cancel(task)
+            await spans.close()
             engine.drain(0)  # nobody is left to answer: the server has waited for running requests already
             await asyncio.to_thread(engine.stop)
             if feed is not None:
@@ -109,7 +117,8 @@ def create_app(
     install_errors(app)
     # Running and waiting are the engine's to bound; this bounds bodies being read.
     admission = Admission(settings.num_rows + settings.max_waiting + settings.num_rows, drain, metrics)
-    app.include_router(generate_routes(engine, served, settings, admission))
+    shadow = Shadow(engine, settings.shadow_percent, metrics)
+    app.include_router(generate_routes(engine, served, settings, admission, shadow))
     app.include_router(
         probe_routes(
             drain=drain,
@@ -119,7 +128,7 @@ def create_app(
         )
     )
     keys = Keys.of_secret(settings.worker_key.get_secret_value()) if settings.worker_key else None
-    app.add_middleware(Door, metrics=metrics, drain=drain, keys=keys)
+    app.add_middleware(Door, metrics=metrics, drain=drain, spans=spans, keys=keys)
     return app
 
 

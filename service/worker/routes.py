@@ -49,6 +49,7 @@ from service.worker.engine import (
     OtherEdition,
     RequestCancelled,
 )
+from service.worker.shadow import Shadow
 
 _INSTANCE = uuid.uuid4().hex  # tells a worker from the one that took its place
 
@@ -85,7 +86,9 @@ class Served:
     max_history_items: int
 
 
-def generate_routes(engine: Engine, served: Served, settings: Settings, admission: Admission) -> APIRouter:
+def generate_routes(
+    engine: Engine, served: Served, settings: Settings, admission: Admission, shadow: Shadow
+) -> APIRouter:
     """The worker's own routes; probes come from `service.probes`."""
     router = APIRouter(tags=["internal"])
 
@@ -97,6 +100,7 @@ def generate_routes(engine: Engine, served: Served, settings: Settings, admissio
             body = validate(GenerateRequest, strict_json.parse(raw))
             asked = _list_request(body, served, ticket)
             result = await while_connected(request.receive, _run(engine, asked, body.catalog_version, admission))
+        shadow.look(asked, result, body.catalog_version)
         answer = _response(body, result, served, time.monotonic() - ticket.started)
         ticket.fields["rounds"] = answer.speculation.rounds
         return Response(answer.model_dump_json(), media_type="application/json")

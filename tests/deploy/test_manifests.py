@@ -1,9 +1,6 @@
-"""The manifests agree with the images, the settings, the probes and each other."""
+"""The base manifests agree with the images, the settings, the probes and each other; test_overlays.py has the rest."""
 
-import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,7 +16,7 @@ from service.probes import Drain, Health, probe_routes
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-FILES = ("api", "namespace", "redis", "worker")
+FILES = ("api", "bundle", "namespace", "network", "redis", "worker")
 OURS = ("api", "worker")
 PODS = ("api", "redis", "worker")
 MIB = {"Mi": 1, "Gi": 1024}
@@ -32,7 +29,9 @@ each_of_ours = pytest.mark.parametrize("name", OURS)
 
 @cache
 def manifests(name: str) -> tuple[Manifest, ...]:
-    return tuple(yaml.safe_load_all((ROOT / "deploy" / f"{name}.yaml").read_text()))
+    folder = ROOT / "deploy" / "base"
+    path = folder / "worker" / "worker.yaml" if name == "worker" else folder / f"{name}.yaml"
+    return tuple(yaml.safe_load_all(path.read_text()))
 
 
 def only(name: str, kind: str) -> Manifest:
@@ -67,20 +66,24 @@ def settings(name: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings()
 
 
+def policy_of(name: str) -> Manifest:
+    """The one policy that says who may talk to the pods of `name`."""
+    (spec,) = (
+        each["spec"]
+        for each in manifests("network")
+        if each["spec"]["podSelector"].get("matchLabels", {}).items() & pod_template(name)["metadata"]["labels"].items()
+    )
+    found: Manifest = spec
+    return found
+
+
 def ports(name: str) -> dict[str, int]:
     return {each["name"]: each["containerPort"] for each in container(name)["ports"]}
 
 
-def test_there_is_one_manifest_per_process_and_the_namespace() -> None:
-    assert sorted(path.stem for path in (ROOT / "deploy").glob("*.yaml")) == list(FILES)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_everything_lives_in_the_one_namespace(name: str) -> None:
-    namespace = only("namespace", "Namespace")["metadata"]["name"]
-    for each in manifests(name):
-        if each["kind"] != "Namespace":
-            assert each["metadata"]["namespace"] == namespace
+def test_there_is_no_manifest_these_tests_do_not_read() -> None:
+    stems = {path.stem for path in (ROOT / "deploy" / "base").rglob("*.yaml")}
+    assert stems - {"kustomization"} == set(FILES)
 
 
 @each_pod
@@ -94,13 +97,30 @@ def test_selectors_match_the_pods_they_mean_and_no_others(name: str) -> None:
         assert matching == [name]
 
 
-def test_only_the_api_may_reach_the_cache() -> None:
-    policy = only("redis", "NetworkPolicy")["spec"]
+def test_only_our_own_pods_may_reach_the_cache() -> None:
+    policy = policy_of("redis")
     (rule,) = policy["ingress"]
-    (peer,) = rule["from"]
-    assert policy["podSelector"]["matchLabels"].items() <= pod_template("redis")["metadata"]["labels"].items()
-    assert peer["podSelector"]["matchLabels"].items() <= pod_template("api")["metadata"]["labels"].items()
+    peers = [each["podSelector"]["matchLabels"]["app.kubernetes.io/name"] for each in rule["from"]]
+    assert peers == ["padrec-api", "padrec-worker", "padrec-publish"]
     assert [port["port"] for port in rule["ports"]] == list(ports("redis"))
+
+
+def test_the_api_may_ask_redis_and_workers_at_the_ports_they_have() -> None:
+    allowed = {}
+    for rule in policy_of("api")["egress"]:
+        (peer,), (port,) = rule["to"], rule["ports"]
+        allowed[peer["podSelector"]["matchLabels"]["app.kubernetes.io/name"]] = port["port"]
+    assert set(allowed) == {"padrec-redis", "padrec-worker"}
+    assert allowed["padrec-redis"] in ports("redis") and allowed["padrec-worker"] in ports("worker")
+
+
+def test_what_no_policy_allows_is_denied() -> None:
+    (deny,) = (each["spec"] for each in manifests("network") if each["metadata"]["name"] == "padrec-default-deny")
+    assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    (rule,) = policy_of("worker")["egress"]
+    (peer,) = rule["to"]
+    assert peer["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "padrec-redis"}
+    assert "egress" not in policy_of("redis")
 
 
 @each_pod
@@ -138,7 +158,7 @@ def test_the_api_looks_for_redis_and_workers_where_their_services_are(monkeypatc
 
 
 def test_the_bundle_is_mounted_read_only_where_both_processes_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    claim = only("worker", "PersistentVolumeClaim")["metadata"]["name"]
+    claim = only("bundle", "PersistentVolumeClaim")["metadata"]["name"]
     for name in OURS:
         volumes = {volume["name"]: volume for volume in pod(name)["volumes"]}
         mounts = {mount["name"]: mount for mount in container(name)["volumeMounts"]}
@@ -250,13 +270,19 @@ def test_the_cache_s_image_is_pinned_by_digest() -> None:
     assert re.fullmatch(r"valkey/valkey:\d+\.\d+\.\d+-alpine@sha256:[0-9a-f]{64}", container("redis")["image"])
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_manifest_fits_the_schemas_of_kubernetes(name: str) -> None:
-    if importlib.util.find_spec("kubernetes_validate") is None:
-        pytest.skip("kubernetes-validate is not installed (it is in the dev extra)")
-    command = [sys.executable, "-m", "kubernetes_validate", "--strict", "--quiet", f"deploy/{name}.yaml"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+@each_of_ours
+def test_pods_are_spread_and_evicted_one_at_a_time(name: str) -> None:
+    labels = pod_template(name)["metadata"]["labels"]
+    spread = pod(name)["topologySpreadConstraints"]
+    assert [each["topologyKey"] for each in spread] == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+    budget = only(name, "PodDisruptionBudget")["spec"]
+    assert budget["maxUnavailable"] == 1
+    for selector in (budget["selector"], *(each["labelSelector"] for each in spread)):
+        assert selector["matchLabels"].items() <= labels.items()
+
+
+def test_the_worker_s_service_names_every_worker_instead_of_one_address() -> None:
+    assert only("worker", "Service")["spec"]["clusterIP"] == "None"
 
 
 def mebibytes(quantity: str) -> int:

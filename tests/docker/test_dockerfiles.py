@@ -62,7 +62,15 @@ def health_check(process: str) -> list[str]:
 
 
 def test_there_is_one_dockerfile_per_process() -> None:
-    assert sorted(path.name for path in (ROOT / "docker").iterdir()) == [f"{name}.Dockerfile" for name in PROCESSES]
+    found = {path.name for path in (ROOT / "docker").glob("*.Dockerfile")}
+    assert found == {f"{name}.Dockerfile" for name in (*PROCESSES, "bundle")}
+
+
+def test_the_bundle_image_holds_the_bundle_and_runs_nothing() -> None:
+    (stage,) = stages("bundle")
+    assert arguments(stage, "FROM") == ["scratch"]
+    assert arguments(stage, "COPY") == [". /"]
+    assert {keyword for keyword, _ in stage} == {"FROM", "LABEL", "COPY", "USER"}
 
 
 @each_process
@@ -129,10 +137,10 @@ def test_the_api_image_holds_neither_torch_nor_model_code() -> None:
 
 def test_the_worker_image_takes_cpu_torch_unless_told_otherwise() -> None:
     build = stages("worker")[1]
-    assert arguments(build, "ARG") == ["TORCH_INDEX=https://download.pytorch.org/whl/cpu"]
+    assert arguments(build, "ARG") == ["TORCH_INDEX=https://download.pytorch.org/whl/cpu", "EXTRAS=worker"]
     torch, package = (run for run in arguments(build, "RUN") if "pip install" in run)
     assert '--index-url "${TORCH_INDEX}"' in torch
-    assert ".[worker]" in package
+    assert '".[${EXTRAS}]"' in package
 
 
 @each_process
@@ -200,7 +208,7 @@ def test_the_command_the_images_start_is_installed_by_the_package() -> None:
     assert project["scripts"]["padrec"] == f"{cli.__name__}:{cli.main.__name__}"
 
 
-@each_process
+@pytest.mark.parametrize("process", [*PROCESSES, "bundle"])
 def test_hadolint_finds_nothing(process: str) -> None:
     hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if hadolint is None:

@@ -38,6 +38,7 @@ PROMISED = [
     "model_info",
     "build_info",
     "warmup_seconds",
+    "gpu_memory_bytes",
 ]
 
 
@@ -48,6 +49,8 @@ def test_every_promised_metric_exists_under_its_name() -> None:
 def test_nothing_is_exported_that_is_not_known() -> None:
     assert metric_names() - {f"{PREFIX}_{name}" for name in PROMISED} == {
         "padrec_worker_retries_total",
+        "padrec_shadow_lists_total",
+        "padrec_trace_spans_total",
         "padrec_spec_skipped_rounds_total",
         "padrec_worker_ejections_total",
         "padrec_catalog_swaps_total",

@@ -15,6 +15,8 @@ from service.errors import ClientGone
 from service.metrics import HttpMetrics
 from service.middleware import Door, cancel, install_errors, read_json_body, while_connected
 from service.probes import Drain
+from service.settings import Settings
+from service.tracing import Spans
 
 
 @pytest.fixture
@@ -25,7 +27,8 @@ def drain() -> Drain:
 @pytest.fixture
 async def client(drain: Drain) -> AsyncIterator[httpx.AsyncClient]:
     app = FastAPI()
-    app.add_middleware(Door, metrics=HttpMetrics(CollectorRegistry()), drain=drain)
+    metrics = HttpMetrics(CollectorRegistry())
+    app.add_middleware(Door, metrics=metrics, drain=drain, spans=Spans(Settings(), "door", "1", metrics))
     install_errors(app)
 
     @app.get("/ids")

@@ -107,3 +107,15 @@ def test_the_worker_key_is_masked_and_its_first_part_shown() -> None:
     with pytest.raises(SettingsError, match="'worker_key'") as caught:
         load_settings({"worker_key": "s3cret"})
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4318", "ftp://collector", "http://"])
+def test_a_collector_is_an_http_url(endpoint: str) -> None:
+    with pytest.raises(SettingsError, match="otlp_endpoint"):
+        load_settings({"otlp_endpoint": endpoint})
+
+
+@pytest.mark.parametrize("name", ["shadow_percent", "trace_percent"])
+def test_a_share_is_a_percentage(name: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        load_settings({name: "101"})

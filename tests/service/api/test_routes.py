@@ -113,6 +113,13 @@ async def test_bad_input_is_refused_by_name_and_quickly(standing: ValkeyProcess,
     assert good.json()["items"][0]["source"] == "model"
 
 
+async def test_the_times_of_an_answer_are_in_a_header_too(standing: ValkeyProcess) -> None:
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
+        reply = await client.post("/recommend", content=body(), headers=JSON)
+    stages = dict(part.split(";dur=") for part in reply.headers["server-timing"].split(", "))
+    assert {stage: float(ms) for stage, ms in stages.items()} == pytest.approx(reply.json()["timings_ms"])
+
+
 async def test_a_problem_never_quotes_the_request(standing: ValkeyProcess) -> None:
     async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
         fields = {"k": "s3cret", "history": ["ok", 5, "s3cret\n"], "strategy": "s3cret", "exclude": "s3cret"}
