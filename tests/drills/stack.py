@@ -176,7 +176,7 @@ def threads(pid: int) -> int:
 
 
 def get(url: str, path: str, seconds: float = 1.0) -> tuple[int, bytes]:
-    """Status and body; status 0 where nobody answers. Far cheaper than httpx: probes must not slow down what they see."""
+    """Status and body; status 0 where nobody answers. Cheaper than httpx: a probe must not slow down what it sees."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or LOOPBACK, parts.port, timeout=seconds)
     try:
