@@ -312,7 +312,7 @@ async def _capacity(url: str, drill: Drill, seconds: float) -> float:
 
 def restarts(drill: Drill) -> None:
     """5. SIGTERM with forty requests in flight, then a rolling restart of two replicas, five times each: none fails."""
-    flags = ("--drain-seconds", "3")
+    flags = ("--drain-seconds", "5")
     with (
         tempfile.TemporaryDirectory(prefix="padrec-") as folder,
         stack.parts(Path(folder), drill.bundle, apis=2, api_flags=flags) as made,
@@ -327,7 +327,7 @@ def restarts(drill: Drill) -> None:
         drill.judge(answers)
         drill.equal("exit status", first.process.wait(60), 0)
         made.apis[0] = stack.start_api(made, environ, flags, urlsplit(first.url).port or 0)
-        stack.wait(lambda: stack.answers(f"{first.url}/readyz"), stack.START_SECONDS)
+        stack.wait(lambda: stack.is_ready(first.url), stack.START_SECONDS)
 
         ready = [api.url for api in made.apis]
         turn = iter(range(10**9))
@@ -349,11 +349,11 @@ def _restart(made: stack.Parts, at: int, ready: list[str], environ: dict[str, st
     old = made.apis[at]
     old.process.terminate()
     # Noticed well before the drain is over, or requests still go where nobody listens any more.
-    stack.wait(lambda: not stack.answers(f"{old.url}/readyz"), 60)
+    stack.wait(lambda: not stack.is_ready(old.url), 60)
     ready.remove(old.url)
     old.process.wait(60)
     made.apis[at] = stack.start_api(made, environ, flags, urlsplit(old.url).port or 0)
-    if stack.wait(lambda: stack.answers(f"{old.url}/readyz"), stack.START_SECONDS) < stack.START_SECONDS:
+    if stack.wait(lambda: stack.is_ready(old.url), stack.START_SECONDS) < stack.START_SECONDS:
         ready.append(old.url)
 
 
