@@ -1,0 +1,145 @@
+"""Which nodes ride along in a pass over beams: none, whole sub-trees, or what a draft proposes.
+
+Beams alone are plain beam search (a level a pass). Whole sub-trees need no draft: all first codes ride in the prompt's
+pass, or everything below the beams in theirs, and the request is done. A draft rides when its guess is cheaper than the
+pass it may save. All of it is exact, so a plan decides about time only. `MeasuredPlan` decides per request and load, by
+what passes cost on this device (measured at warm-up, as the list decoder's budget is) and how often drafts were right.
+
+Knows counts and seconds; nothing of tensors, tries or requests.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+PRIOR = 8.0  # drafts that the assumption "every second one is right" is worth
+FADE = 0.98  # of what was seen, a draft
+
+
+class Ahead(Enum):
+    """What rides along with the beams of a row."""
+
+    NOTHING = "nothing"
+    WHOLE = "whole"
+    DRAFT = "draft"
+
+
+class Question(NamedTuple):
+    """A row about to be passed over: `rows` in the pass, the `level` its beams have reached (0: the prompt itself is
+    to be read), `k` beams, the nodes to pass over `alone`, those of the `whole` sub-trees (at level 0: all first codes;
+    None: no room), and whether a `draft` can be asked."""
+
+    rows: int
+    level: int
+    k: int
+    alone: int
+    whole: int | None
+    draft: bool
+
+
+class Seen(NamedTuple):
+    """How a draft fared: for `k` beams it cost `nodes`, and `hit` says whether that pass was the last one."""
+
+    k: int
+    nodes: int
+    hit: bool
+
+
+class Plan(Protocol):
+    """Decides what rides along."""
+
+    name: str
+    draft_levels: int
+    below: bool
+
+    def ahead(self, question: Question) -> Ahead: ...
+
+    def observe(self, seen: Seen) -> None: ...
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """The same answer always: `wanted` where it can be had. `draft_levels`: levels a draft searches (at most the
+    trie's); `below`: the whole sub-trees of what it found at the last one ride too."""
+
+    name: str
+    wanted: Ahead
+    draft_levels: int = 0
+    below: bool = False
+
+    def ahead(self, question: Question) -> Ahead:
+        if self.wanted is Ahead.DRAFT and question.draft:
+            return Ahead.DRAFT
+        if self.wanted is Ahead.WHOLE and question.whole is not None:
+            return Ahead.WHOLE
+        return Ahead.NOTHING
+
+    def observe(self, seen: Seen) -> None:
+        del seen
+
+
+TREE_ATTENTION = FixedPlan("tree-attention", Ahead.NOTHING)
+DRAFT_FREE = FixedPlan("draft-free", Ahead.WHOLE)
+ATSPEED = FixedPlan("atspeed-s", Ahead.DRAFT, draft_levels=64)
+
+
+class Cost(NamedTuple):
+    """Seconds of a pass: `each` plus `node` times the nodes in it, and of a `draft` (a request's)."""
+
+    each: float
+    node: float
+    draft: float = 0.0
+
+
+@dataclass
+class MeasuredPlan:
+    """The cheapest by measured `costs` (by rows in a pass) and the catalog's shape: of the nodes of each depth the
+    share that is `deciding`, and the decisions in the `whole` sub-tree of one. A draft is asked for the second code
+    alone, and brings the sub-trees below its guesses: the codes after it are nearly forced."""
+
+    costs: Mapping[int, Cost]
+    deciding: Sequence[float]
+    whole: Sequence[float]
+    width: int
+    name: str = "planner"
+    draft_levels: int = 1
+    below: bool = True
+    _seen: dict[int, list[float]] = field(default_factory=dict)
+
+    def ahead(self, question: Question) -> Ahead:
+        cost = self._cost(question.rows)
+        share = cost.each / question.rows if question.level else 0.0  # the prompt's pass is paid for anyway
+        prices = {Ahead.NOTHING: share + cost.node * question.alone + self.left(question, question.level + 1)}
+        if question.whole is not None:
+            after = self.left(question, 2) if question.level == 0 else 0.0
+            prices[Ahead.WHOLE] = share + cost.node * question.whole + after
+        if question.draft and question.level < len(self.whole):
+            tried, hits, nodes = self._of(question.k)
+            missed = (1 - hits / tried) * self.left(question, question.level + 1)
+            prices[Ahead.DRAFT] = share + cost.draft + cost.node * (question.alone + nodes / tried) + missed
+        return min(prices, key=lambda way: prices[way])
+
+    def left(self, question: Question, level: int) -> float:
+        """Seconds from beams at `level` to the end without a draft, by the catalog's averages."""
+        if level >= len(self.deciding):
+            return 0.0
+        cost = self._cost(question.rows)
+        share, beams = cost.each / question.rows, question.k * self.deciding[level]
+        if beams < 0.5:
+            return 0.0
+        alone = share + cost.node * beams + self.left(question, level + 1)
+        return min(alone, share + cost.node * question.k * self.whole[level])
+
+    def observe(self, seen: Seen) -> None:
+        found = self._of(seen.k)
+        for place, value in enumerate((1.0, float(seen.hit), float(seen.nodes))):
+            found[place] = FADE * found[place] + value
+
+    def _of(self, k: int) -> list[float]:
+        """Drafts tried, drafts that were right, nodes they took, of requests of about `k` beams."""
+        nodes = self.width * (1 + sum(self.whole[2:3]))
+        return self._seen.setdefault(k.bit_length(), [PRIOR, PRIOR / 2, PRIOR * nodes])
+
+    def _cost(self, rows: int) -> Cost:
+        return next((cost for load, cost in sorted(self.costs.items()) if load >= rows), self.costs[max(self.costs)])

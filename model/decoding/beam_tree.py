@@ -1,0 +1,91 @@
+"""BeamTree: what beams need to know of an item trie beyond its children: parents, tokens, and the decisions below.
+
+A *decision* is a node (not the root) with at least two items below it: only there the target has anything left to say,
+so only there a beam needs a hidden state. A beam with one item below it is settled. Decisions in depth-first order make
+every node's decisions a slice, so a whole sub-tree is two numbers. Knows nothing of scores, requests or passes.
+
+Shapes: V nodes, B rows, M nodes a row, n nodes found a row, L levels.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.item_trie import Availability, ItemTrie
+
+Tensor = torch.Tensor
+
+
+class BeamTree:
+    """Tables of V entries beside a trie's own. `nowhere` is the node that pads: it has no children, comes after every
+    real node and counts as settled."""
+
+    def __init__(self, trie: ItemTrie) -> None:
+        self.trie, levels = trie, trie.num_levels
+        device = trie.device
+        self.nowhere = trie.num_nodes - 2
+        depth, leaf_start, first_child = (t.cpu().numpy() for t in (trie.depth, trie.leaf_start, trie.first_child))
+        nodes = np.arange(trie.num_nodes)
+        # A sentinel ends the nodes of each depth: it starts where no leaf is.
+        real = leaf_start < trie.num_items
+        inner = nodes[real & (depth < levels)]
+        number = first_child[inner + 1] - first_child[inner]
+        parent = np.zeros(trie.num_nodes, dtype=np.int64)
+        parent[_ranges(first_child[inner], number)] = np.repeat(inner, number)
+        leaves = np.zeros(trie.num_nodes, dtype=np.int64)
+        leaves[inner] = leaf_start[inner + 1] - leaf_start[inner]
+        decisions = inner[(leaves[inner] > 1) & (depth[inner] > 0)]
+        order = np.lexsort((depth[decisions], leaf_start[decisions]))
+        decisions = decisions[order]
+        first = np.zeros(trie.num_nodes, dtype=np.int64)
+        below = np.zeros(trie.num_nodes, dtype=np.int64)
+        first[decisions] = np.arange(len(decisions))
+        ends = np.searchsorted(leaf_start[decisions], leaf_start[decisions + 1], side="left")
+        below[decisions] = ends - first[decisions]
+        token = np.zeros(trie.num_nodes, dtype=np.int64)
+        offsets = np.array([0, *trie.vocabulary.level_offsets])
+        token[real] = trie.code.cpu().numpy()[real] + offsets[depth[real]]
+        only = np.full(trie.num_nodes, self.nowhere, dtype=np.int64)
+        chained = inner[(number == 1) & (leaves[inner] > 1) & (depth[inner] > 0)]
+        only[chained] = first_child[chained]
+        self.has_chains = bool(len(chained))
+        # Per depth 0..L-1: how wide the widest node is; of its nodes, the share that decides, and the decisions below
+        # one of them (itself included).
+        self.widest = [int(number[depth[inner] == d].max()) for d in range(levels)]
+        at = [inner[depth[inner] == d] for d in range(levels)]
+        self.deciding = [float((leaves[found] > 1).mean()) for found in at]
+        self.whole = [float(below[found].mean()) for found in at]
+        self.num_decisions = len(decisions)
+        self.first_codes = torch.from_numpy(decisions[depth[decisions] == 1]).to(device)
+        tables = (parent, token, only, decisions if len(decisions) else np.array([self.nowhere]), first, below)
+        self.parent, self.token, self.only_child, self._decisions, self._first, self.below = (
+            torch.from_numpy(table).to(device) for table in tables
+        )
+
+    def available(self, nodes: Tensor, may: Availability) -> Tensor:
+        """How many leaves below `nodes` [B, M] the rows may emit."""
+        bounds = torch.stack([self.trie.leaf_start.take(nodes), self.trie.leaf_start.take(nodes + 1)], dim=-1)
+        before = bounds
+        if len(may.passing) > 1:
+            index = torch.stack([nodes, nodes + 1], dim=-1) + (may.filter_slot * self.trie.num_nodes).view(-1, 1, 1)
+            before = may.passing.view(-1).take(index)
+        banned = torch.searchsorted(may.excluded, bounds.flatten(1)).view_as(bounds)
+        before = before - banned
+        return before[..., 1] - before[..., 0]
+
+    def decisions_below(self, nodes: Tensor) -> Tensor:
+        """All decisions at or below `nodes` [B, M]: [B, n], a row's padded at its end."""
+        stop = self.below.take(nodes).cumsum(1)
+        count = int(stop[:, -1].max())
+        place = torch.arange(count, device=nodes.device).expand(len(nodes), -1).contiguous()
+        of = torch.searchsorted(stop, place, right=True).clamp_(max=nodes.shape[1] - 1)
+        began = (stop - self.below.take(nodes)).gather(1, of)
+        index = self._first.take(nodes.gather(1, of)) + place - began
+        found = self._decisions.take(index.clamp_(0, len(self._decisions) - 1))
+        return found.masked_fill_(place >= stop[:, -1:], self.nowhere)
+
+
+def _ranges(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """start, start + 1, ... of each range, one range after the other."""
+    ends = counts.cumsum()
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
