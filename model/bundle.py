@@ -18,9 +18,14 @@ import torch
 from safetensors import SafetensorError
 
 from model.catalog import Catalog
+from model.decoding.beam_decoder import BeamDecoder
+from model.decoding.beam_measure import measured_plan
+from model.decoding.beam_plan import DRAFT_FREE
+from model.decoding.beam_request import BeamRequest
 from model.decoding.budget import measured_budget
 from model.decoding.list_decoder import Budget, ListDecoder
 from model.decoding.request import ListRequest
+from model.decoding.strategies import Strategies
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.item_trie import ItemTrie
@@ -73,6 +78,26 @@ class Bundle:
             **options,
         )
 
+    def beam_decoder(self, *, num_rows: int, max_k: int, **options: Any) -> BeamDecoder:
+        """A beam decoder over this bundle. Without a `plan` among `options` whole sub-trees ride along where there is
+        room until `warm_up` has measured better; without a `draft` the bundle's PAD-Rec draft may guess."""
+        options.setdefault("plan", DRAFT_FREE)
+        options.setdefault("draft", self.draft)
+        return BeamDecoder(
+            self.target,
+            self.trie,
+            self.catalog,
+            num_rows=num_rows,
+            max_history_items=self.info.max_history_items,
+            max_k=max_k,
+            **options,
+        )
+
+    def strategies(self, *, num_rows: int, max_k: int) -> Strategies:
+        """Both decoders, as a worker serves them."""
+        lists = self.list_decoder(num_rows=num_rows, max_k=max_k)
+        return Strategies(lists, self.beam_decoder(num_rows=num_rows, max_k=max_k))
+
     def golden_requests(self, count: int) -> list[ListRequest]:
         """Deterministic requests for warm-up: histories of popular items."""
         popular = sorted(self.catalog.items, key=lambda item: (-item.popularity, item.item_id))
@@ -81,10 +106,12 @@ class Bundle:
         k = min(10, len(popular) - length)
         return [ListRequest(f"golden-{i}", tuple(item.codes for item in items), k) for i, items in enumerate(histories)]
 
-    def warm_up(self, decoder: ListDecoder) -> None:
-        """Run every code path once and measure the budget of each load."""
+    def warm_up(self, decoder: Strategies) -> None:
+        """Run every code path once, and measure the budget of each load and what passes over beams cost."""
         survival = self.info.report.get("draft", {}).get("survival", [0.6, 0.4, 0.25, 0.15])
-        measured_budget(decoder, self.golden_requests(min(8, len(self.catalog.items))), survival)
+        golden = self.golden_requests(min(8, len(self.catalog.items)))
+        measured_budget(decoder.lists, golden, survival)
+        measured_plan(decoder.beams, [BeamRequest(asked.request_id, asked.history, asked.k) for asked in golden])
 
 
 def save_manifest(folder: Path, name: str, vocabulary: Vocabulary, max_history_items: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ Flags = dict[str, Any]
 FORWARDED = {
     ("train",): ("model.train.run", "train a bundle from a recipe (TOML)"),
     ("bench", "serve"): ("service.bench_serve", "HTTP load against a running service"),
+    ("bench", "beam"): ("model.bench.beam", "beam search by every plan, against the slow twin"),
     ("bench", "decode"): ("model.bench.decode", "speculative against plain decoding, without HTTP"),
     ("bench", "trie"): ("model.bench.trie", "the item trie from 10^4 to 10^7 items against nested dictionaries"),
     ("bench", "peers"): ("model.bench.peers.run", "other engines on the same target and requests"),
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     for words, (_, text) in FORWARDED.items():
         if len(words) == 1:
             commands.add_parser(words[0], help=text, add_help=False)
-    measure = "measure: bench serve | decode | trie | peers"
+    measure = "measure: bench serve | decode | beam | trie | peers"
     commands.add_parser("bench", help=measure, add_help=False).set_defaults(run=_bench)
     return parser
 
@@ -185,7 +186,7 @@ def _check(flags: Flags) -> int:
 
 def _bench(flags: Flags) -> int:
     del flags
-    return _say("say what to measure: padrec bench serve | decode | trie | peers", REFUSED)
+    return _say("say what to measure: padrec bench serve | decode | beam | trie | peers", REFUSED)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class BeamDecoder:
             self.draft = HeadDraft(draft, target, self.tree, num_rows, prompt + widest, draft_width)
         elif draft is not None:
             self.draft = ModelDraft(draft, self.tree, num_rows, prompt + widest, draft_width)
+        self._draft_seconds = 0.0
         filters = FilterTable(catalog, trie, num_rows)
         self.rows = BeamRows(num_rows, self.tree, filters, max_history_items, room, target.hidden_size, self.max_k)
 
@@ -151,7 +152,7 @@ class BeamDecoder:
     ) -> None:
         """Let the draft search from `start`; what it proposes waits in the rows for their next pass."""
         assert self.draft is not None
-        held = [self.rows.row(i) for i in indices]
+        started, held = time.perf_counter(), [self.rows.row(i) for i in indices]
         lots = [
             Lot(row.seed, row.request.replacement) if row.request.verification == "relaxed" else None for row in held
         ]
@@ -169,6 +170,7 @@ class BeamDecoder:
                 row.drafted = {
                     level + step: DraftedLevel(*(tensor[place] for tensor in part)) for step, part in enumerate(drafted)
                 }
+        self._draft_seconds += time.perf_counter() - started
 
     # ---- passes -----------------------------------------------------------------------------------------------
 
@@ -195,7 +197,17 @@ class BeamDecoder:
             for column in zip(zip(*before, strict=True), zip(*told, strict=True), strict=True)
         )
         lossy = sum(row.lossy for row in held)
-        stats = BeamStats(len(indices), 0, 0.0, seconds, passed, drafted, accepted, forced, lossy)
+        stats = BeamStats(
+            rows=len(indices),
+            draft_seconds=self._draft_seconds,
+            verify_seconds=seconds,
+            target_tokens=passed,
+            draft_tokens=drafted,
+            accepted_levels=accepted,
+            forced_levels=forced,
+            lossy_rows=lossy,
+        )
+        self._draft_seconds = 0.0
         return [self.rows.finish(i) for i in indices if self._done(i)], stats
 
     def _ahead(self, row: BeamRow, rows: int, fresh: bool = False) -> Ahead:

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 PRIOR = 8.0  # drafts that the assumption "every second one is right" is worth
 FADE = 0.98  # of what was seen, a draft
+PROBE_EVERY = 64  # requests that could have been drafted and were not
 
 
 class Ahead(Enum):
@@ -58,7 +59,7 @@ class Plan(Protocol):
     def observe(self, seen: Seen) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class FixedPlan:
     """The same answer always: `wanted` where it can be had. `draft_levels`: levels a draft searches (at most the
     trie's); `below`: the whole sub-trees of what it found at the last one ride too."""
@@ -94,8 +95,8 @@ class Cost(NamedTuple):
 
 @dataclass
 class MeasuredPlan:
-    """The cheapest by measured `costs` (by rows in a pass) and the catalog's shape: of the nodes of each depth the
-    share that is `deciding`, and the decisions in the `whole` sub-tree of one. A draft is asked for the second code
+    """The cheapest by measured `costs` (by rows in a pass) and the catalog's shape: how likely a beam has a choice left
+    at each depth (`deciding`), and how many decisions the `whole` sub-tree below it holds. A draft is asked for the second code
     alone, and brings the sub-trees below its guesses: the codes after it are nearly forced."""
 
     costs: Mapping[int, Cost]
@@ -106,6 +107,7 @@ class MeasuredPlan:
     draft_levels: int = 1
     below: bool = True
     _seen: dict[int, list[float]] = field(default_factory=dict)
+    _refused: int = 0
 
     def ahead(self, question: Question) -> Ahead:
         cost = self._cost(question.rows)
@@ -118,17 +120,20 @@ class MeasuredPlan:
             tried, hits, nodes = self._of(question.k)
             missed = (1 - hits / tried) * self.left(question, question.level + 1)
             prices[Ahead.DRAFT] = share + cost.draft + cost.node * (question.alone + nodes / tried) + missed
-        return min(prices, key=lambda way: prices[way])
+        cheapest = min(prices, key=lambda way: prices[way])
+        if Ahead.DRAFT in prices and cheapest is not Ahead.DRAFT:  # tried now and then: it may pay again
+            self._refused += 1
+            return cheapest if self._refused % PROBE_EVERY else Ahead.DRAFT
+        return cheapest
 
     def left(self, question: Question, level: int) -> float:
         """Seconds from beams at `level` to the end without a draft, by the catalog's averages."""
         if level >= len(self.deciding):
             return 0.0
-        cost = self._cost(question.rows)
-        share, beams = cost.each / question.rows, question.k * self.deciding[level]
-        if beams < 0.5:
-            return 0.0
-        alone = share + cost.node * beams + self.left(question, level + 1)
+        cost, deciding = self._cost(question.rows), self.deciding[level]
+        # A pass is needed unless no beam has a choice left.
+        share = (1 - (1 - deciding) ** question.k) * cost.each / question.rows
+        alone = share + cost.node * question.k * deciding + self.left(question, level + 1)
         return min(alone, share + cost.node * question.k * self.whole[level])
 
     def observe(self, seen: Seen) -> None:
@@ -138,7 +143,7 @@ class MeasuredPlan:
 
     def _of(self, k: int) -> list[float]:
         """Drafts tried, drafts that were right, nodes they took, of requests of about `k` beams."""
-        nodes = self.width * (1 + sum(self.whole[2:3]))
+        nodes = self.width * sum(self.whole[2:3])
         return self._seen.setdefault(k.bit_length(), [PRIOR, PRIOR / 2, PRIOR * nodes])
 
     def _cost(self, rows: int) -> Cost:

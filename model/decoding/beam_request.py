@@ -43,10 +43,10 @@ class BeamResult(ListResult):
 
 @dataclass(frozen=True)
 class BeamStats:
-    """What one pass over beams did, for metrics. `seconds`: drafting, then the target's pass and the choices."""
+    """What one pass over beams did, for metrics. `draft_seconds`: what drafts took since the pass before (they search
+    when a request is admitted), `verify_seconds`: the target's pass and the choices."""
 
     rows: int
-    prompts: int
     draft_seconds: float
     verify_seconds: float
     target_tokens: int

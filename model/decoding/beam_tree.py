@@ -49,13 +49,12 @@ class BeamTree:
         chained = inner[(number == 1) & (leaves[inner] > 1) & (depth[inner] > 0)]
         only[chained] = first_child[chained]
         self.has_chains = bool(len(chained))
-        # Per depth 0..L-1: how wide the widest node is; of its nodes, the share that decides, and the decisions below
-        # one of them (itself included).
+        # Per depth 0..L-1: how wide the widest node is; and at the node above an item drawn at random, how likely there
+        # is a decision, and how many lie at or below it. Beams go where many items are, so items are what is averaged.
         self.widest = [int(number[depth[inner] == d].max()) for d in range(levels)]
         at = [inner[depth[inner] == d] for d in range(levels)]
-        self.deciding = [float((leaves[found] > 1).mean()) for found in at]
-        self.whole = [float(below[found].mean()) for found in at]
-        self.num_decisions = len(decisions)
+        self.deciding = [float(leaves[found][leaves[found] > 1].sum() / trie.num_items) for found in at]
+        self.whole = [float((leaves[found] * below[found]).sum() / trie.num_items) for found in at]
         self.first_codes = torch.from_numpy(decisions[depth[decisions] == 1]).to(device)
         tables = (parent, token, only, decisions if len(decisions) else np.array([self.nowhere]), first, below)
         self.parent, self.token, self.only_child, self._decisions, self._first, self.below = (

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from model.decoding.list_decoder import ListDecoder
-from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
+from model.decoding.request import InvalidRequest, ListResult
+from model.decoding.strategies import Asked, Stats, Strategies
 from service.worker.scheduler import Scheduler, Ticket
 
 logger = logging.getLogger("padrec.engine")
@@ -65,11 +65,11 @@ class Engine:
 
     def __init__(
         self,
-        decoder: ListDecoder,
+        decoder: Strategies,
         *,
         max_waiting: int,
-        observe: Callable[[RoundStats | ListResult], None],
-        warm_up: Callable[[ListDecoder], None] | None = None,
+        observe: Callable[[Stats | ListResult], None],
+        warm_up: Callable[[Strategies], None] | None = None,
     ) -> None:
         """`observe` is called on the engine's thread. `warm_up` runs there first; only then the engine is ready."""
         self.decoder, self.observe, self.warm_up = decoder, observe, warm_up
@@ -88,7 +88,7 @@ class Engine:
         self._beat = time.monotonic()
         self._thread.start()
 
-    def submit(self, request: ListRequest) -> Future[ListResult]:
+    def submit(self, request: Asked) -> Future[ListResult]:
         """Queue a request. Raises EngineOverloaded or EngineDraining; the future raises InvalidRequest,
         DeadlineExceeded, RequestCancelled or EngineFailed. `request_id` must be unique among those in flight."""
         with self._changed:

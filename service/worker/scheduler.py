@@ -9,14 +9,15 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from model.decoding.request import ListRequest, ListResult
+from model.decoding.request import ListResult
+from model.decoding.strategies import Asked
 
 
 @dataclass
 class Ticket:
     """One accepted request. `submitted` in seconds of `time.monotonic()`; `alone`: suspected of breaking rounds."""
 
-    request: ListRequest
+    request: Asked
     future: Future[ListResult]
     submitted: float = field(default_factory=time.monotonic)
     admitted: float = 0.0

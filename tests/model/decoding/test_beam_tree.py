@@ -43,7 +43,10 @@ def test_parents_tokens_and_decisions_are_what_a_search_through_the_items_finds(
     assert sorted(tree.first_codes.tolist()) == sorted(n for p, n in nodes.items() if len(p) == 1 and below[p] > 1)
     depths = [[p for p in nodes if len(p) == depth] for depth in range(tiny.trie.num_levels)]
     assert tree.widest == [max(sum(q[:-1] == p for q in nodes if q) for p in at) for at in depths]
-    assert tree.deciding == pytest.approx([sum(below[p] > 1 for p in at) / len(at) for at in depths])
+    shares = [sum(below[p] for p in at if below[p] > 1) / len(tiny.codes) for at in depths]
+    assert tree.deciding == pytest.approx(shares)
+    counts = [sum(below[p] * int(tree.below[nodes[p]]) for p in at) / len(tiny.codes) for at in depths]
+    assert tree.whole == pytest.approx(counts)
 
 
 def test_sub_trees_of_many_nodes_lie_side_by_side(tiny: Tiny) -> None:
