@@ -1,4 +1,4 @@
-"""The command `padrec`: serve | api | worker | publish | check | train | bench | bundle.
+"""The command `padrec`: serve | api | worker | publish | check | train | align | bench | bundle.
 
 Reads flags, environment and file into settings and hands over. Knows nothing of how anything works, and imports a
 process's code only when that process is asked for: the API runs without torch.
@@ -27,6 +27,7 @@ Flags = dict[str, Any]
 # First words of a command -> the module whose `main(argv)` it is. They parse their own arguments.
 FORWARDED = {
     ("train",): ("model.train.run", "train a bundle from a recipe (TOML)"),
+    ("align",): ("model.train.alignment", "align a draft with the target's beams (AtSpeed)"),
     ("bench", "serve"): ("service.bench_serve", "HTTP load against a running service"),
     ("bench", "beam"): ("model.bench.beam", "beam search by every plan, against the slow twin"),
     ("bench", "decode"): ("model.bench.decode", "speculative against plain decoding, without HTTP"),

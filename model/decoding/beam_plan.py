@@ -8,6 +8,7 @@ what passes cost on this device (measured at warm-up, as the list decoder's budg
 Knows counts and seconds; nothing of tensors, tries or requests.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 PRIOR = 8.0  # drafts that the assumption "every second one is right" is worth
 FADE = 0.98  # of what was seen, a draft
+MAX_FIRST_CODES = 128  # that ride in every prompt's pass by a fixed plan: more cost more than the pass they save
 PROBE_EVERY = 64  # requests that could have been drafted and were not
 
 
@@ -72,7 +74,8 @@ class FixedPlan:
     def ahead(self, question: Question) -> Ahead:
         if self.wanted is Ahead.DRAFT and question.draft:
             return Ahead.DRAFT
-        if self.wanted is Ahead.WHOLE and question.whole is not None:
+        most = MAX_FIRST_CODES if question.level == 0 else math.inf
+        if self.wanted is Ahead.WHOLE and question.whole is not None and question.whole <= most:
             return Ahead.WHOLE
         return Ahead.NOTHING
 
@@ -96,8 +99,8 @@ class Cost(NamedTuple):
 @dataclass
 class MeasuredPlan:
     """The cheapest by measured `costs` (by rows in a pass) and the catalog's shape: how likely a beam has a choice left
-    at each depth (`deciding`), and how many decisions the `whole` sub-tree below it holds. A draft is asked for the second code
-    alone, and brings the sub-trees below its guesses: the codes after it are nearly forced."""
+    at each depth (`deciding`), and how many decisions the `whole` sub-tree below it holds. A draft is asked for one
+    more code, and brings the sub-trees below its guesses: the codes after the second are nearly forced."""
 
     costs: Mapping[int, Cost]
     deciding: Sequence[float]
