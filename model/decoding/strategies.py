@@ -55,7 +55,8 @@ class Strategies:
     """One decoder for both strategies. Not thread-safe: one thread calls it."""
 
     def __init__(self, lists: ListDecoder, beams: BeamDecoder) -> None:
-        self.lists, self.beams = lists, beams
+        assert lists.trie is beams.trie, "both write items of one catalog"
+        self.lists, self.beams, self.trie = lists, beams, lists.trie
         self.rows = SharedRows(lists, beams)
         self._beams_next = False
 
