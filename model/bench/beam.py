@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM
 
 from model.bench.beam_plain import PlainBeams
 from model.bench.beam_plot import plot
-from model.bench.decode import NEAR_TIE, adversarial, machine
+from model.bench.decode import NEAR_TIE, machine
 from model.bench.peers.item_prefixes import ItemPrefixes
 from model.bundle import Bundle, BundleError, load_bundle
 from model.catalog import Catalog
-from model.data.histories import histories
+from model.config import RecipeError, load_recipe
+from model.data.histories import histories, last_cases
 from model.data.movielens import DataError, read_movielens
 from model.decoding.beam_decoder import BeamDecoder
 from model.decoding.beam_measure import measured_plan
@@ -40,6 +41,7 @@ from model.draft.network import DraftNetwork
 from model.item_trie import ItemTrie
 from model.semantic_id import Codes
 from model.target import Target
+from model.train.run import Run
 
 Record = dict[str, Any]
 PLANS = ("plain", "tree-attention", "draft-free", "atspeed-s", "atspeed-r", "planner")
@@ -107,6 +109,31 @@ def of_bundle(bundle: Bundle, folder: Path, data: Path, users: int = 0) -> Subje
         cases[:users] if users else cases,
         folder / "target",
     )
+
+
+def of_run(run: Run, users: int = 0) -> Subject:
+    """A training run whose stages are done, and the last case of each of its held-out users."""
+    codes = run.codes
+    asked = last_cases(run.split.test, run.recipe.data)
+    found = [Case(c.user_id, tuple(codes[i] for i in c.history), codes[c.future[0]]) for c in asked]
+    network = DraftNetwork.load(run.folder / "draft" / "network")
+    return Subject(
+        run.recipe.name,
+        run.target,
+        run.trie,
+        run.catalog,
+        Draft(network, run.target.embedding, run.vocabulary),
+        run.recipe.target.max_history_items,
+        tuple(found[:users] if users else found),
+        run.folder / "finetune" / "checkpoint",
+    )
+
+
+def aligned_draft(target: Target, folder: Path) -> Draft | Target:
+    """What `padrec align` left in a folder: a PAD-Rec head, or a small language model."""
+    if (folder / "network").exists():
+        return Draft(DraftNetwork.load(folder / "network"), target.embedding, target.vocabulary)
+    return Target.load(folder / "checkpoint", target.vocabulary)
 
 
 def twins_of(subject: Subject, k: int) -> dict[str, tuple[BeamResult, float]]:
@@ -270,19 +297,19 @@ def line(record: Record) -> str:
     return text
 
 
-def bench_exact(subject: Subject, bundle: Bundle, ks: Sequence[int], say: Callable[[str], None]) -> list[Record]:
+def bench_exact(subject: Subject, ks: Sequence[int], say: Callable[[str], None]) -> list[Record]:
     """Every case by every strict plan, alone and in batches, with a trained, a random and an adversarial draft."""
     records = []
-    assert bundle.draft is not None
-    torch.manual_seed(1)
-    shape = bundle.draft.network.shape
-    made = {
-        "none": None,
-        "trained": bundle.draft,
-        "random": Draft(DraftNetwork(shape), bundle.target.embedding, bundle.target.vocabulary),
-        "adversarial": adversarial(bundle, bundle.draft),
-        "independent": bundle.target,  # a model of its own, which here is always right
-    }
+    made: dict[str, Draft | Target | None] = {"none": None, "trained": subject.draft}
+    if isinstance(subject.draft, Draft):
+        torch.manual_seed(1)
+        untrained, turned = (DraftNetwork(subject.draft.network.shape) for _ in range(2))
+        turned.load_state_dict(subject.draft.network.state_dict())
+        with torch.no_grad():
+            turned.norms[2].neg_()  # it likes best what the trained one likes least
+        for name, network in (("random", untrained), ("adversarial", turned)):
+            made[name] = Draft(network, subject.target.embedding, subject.target.vocabulary)
+    made["independent"] = subject.target  # a model of its own, which here is always right
     for k in ks:
         twins = twins_of(subject, k)
         for name, draft in made.items():
@@ -355,25 +382,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="padrec bench beam", description=__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("model/bundles/movielens-100k"))
     parser.add_argument("--data", type=Path, default=Path(".data/ml-100k"))
+    parser.add_argument("--recipe", type=Path, default=None, help="measure a training run instead of a bundle")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where `padrec train` left its stages")
+    parser.add_argument("--draft", type=Path, default=None, help="another draft: a folder written by `padrec align`")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3, 5, 10, 20, 50])
     parser.add_argument("--users", type=int, default=0, help="first so many held-out users (0: all)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--exact", action="store_true", help="only prove exactness, for every plan and five drafts")
+    parser.add_argument("--exact", action="store_true", help="only prove exactness, for every plan and draft")
     parser.add_argument("--transformers", action="store_true", help="only time the beam search of `transformers`")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None, help="milliseconds and speed-up by K, as SVG")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     try:
-        bundle = load_bundle(options.bundle)
-        subject = of_bundle(bundle, options.bundle, options.data, options.users)
-    except (BundleError, DataError) as exc:
+        if options.recipe:
+            recipe = load_recipe(options.recipe)
+            subject = of_run(Run(recipe, options.runs / recipe.name), options.users)
+        else:
+            subject = of_bundle(load_bundle(options.bundle), options.bundle, options.data, options.users)
+        if options.draft:
+            subject = replace(subject, draft=aligned_draft(subject.target, options.draft))
+    except (BundleError, DataError, RecipeError, OSError, ValueError) as exc:
         print(f"padrec bench beam: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 2
     if options.exact:
-        records = bench_exact(subject, bundle, options.k, _say)
+        records = bench_exact(subject, options.k, _say)
     elif options.transformers:
         records = bench_transformers(subject, options.k, options.repeats, _say)
     else:

@@ -99,13 +99,15 @@ class Cost(NamedTuple):
 @dataclass
 class MeasuredPlan:
     """The cheapest by measured `costs` (by rows in a pass) and the catalog's shape: how likely a beam has a choice left
-    at each depth (`deciding`), and how many decisions the `whole` sub-tree below it holds. A draft is asked for one
-    more code, and brings the sub-trees below its guesses: the codes after the second are nearly forced."""
+    at each depth (`deciding`), and how many decisions the `whole` sub-tree below it holds. There is `room` for so many
+    nodes to ride along. A draft searches `width` beams; it is asked for one more code, and brings the sub-trees below
+    its guesses: the codes after the second are nearly forced."""
 
     costs: Mapping[int, Cost]
     deciding: Sequence[float]
     whole: Sequence[float]
     width: int
+    room: int
     name: str = "planner"
     draft_levels: int = 1
     below: bool = True
@@ -137,7 +139,8 @@ class MeasuredPlan:
         # A pass is needed unless no beam has a choice left.
         share = (1 - (1 - deciding) ** question.k) * cost.each / question.rows
         alone = share + cost.node * question.k * deciding + self.left(question, level + 1)
-        return min(alone, share + cost.node * question.k * self.whole[level])
+        whole = question.k * self.whole[level]
+        return min(alone, share + cost.node * whole) if whole <= self.room else alone
 
     def observe(self, seen: Seen) -> None:
         found = self._of(seen.k)
