@@ -158,9 +158,7 @@ class BeamDecoder:
         ]
         may = self.rows.may(torch.tensor(indices, device=tokens.device))
         search = Search(tokens, length, may, start, level, lots)
-        # Leaves need no hidden state: at the last level there is nothing to guess.
-        levels = min(self.plan.draft_levels, self.trie.num_levels - 1 - level)
-        drafted = self.draft.search(search, levels, features)
+        drafted = self.draft.search(search, self._draft_to - level, features)
         proposed = [part.drawn for part in drafted]
         if self.plan.below:
             proposed.append(self.tree.decisions_below(drafted[-1].drawn))
@@ -218,8 +216,13 @@ class BeamDecoder:
             return Ahead.DRAFT
         whole = row.whole if row.whole <= self._limit(row) else None
         can = fresh and self.draft is not None and row.level == (0 if self.draft.rides_with_prompt else 1)
-        can = can and row.level < self.trie.num_levels - 1
+        can = can and row.level < self._draft_to
         return self.plan.ahead(Question(rows, row.level, row.wanted, row.alone, whole, can))
+
+    @property
+    def _draft_to(self) -> int:
+        """Leaves need no hidden state: at the last level there is nothing to guess."""
+        return min(self.plan.draft_to, self.trie.num_levels - 1)
 
     def _limit(self, row: BeamRow) -> int:
         """Nodes a row may pass over now, so that there is room left for its beams alone at every level to come."""

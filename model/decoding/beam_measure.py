@@ -32,7 +32,7 @@ def measured_plan(decoder: BeamDecoder, requests: Sequence[BeamRequest], repeats
     num_rows, tree = len(decoder.rows.held), decoder.tree
     width = decoder.draft.width if decoder.draft else 0
     plan = MeasuredPlan({}, tree.deciding, tree.whole, width, decoder.max_nodes)
-    rehearsal = Rehearsal("rehearsal", Ahead.DRAFT, plan.draft_levels, plan.below)
+    rehearsal = Rehearsal("rehearsal", Ahead.DRAFT, plan.draft_to, plan.below)
     costs = {}
     for load in [load for load in LOADS if load < num_rows] + [num_rows]:
         points: list[tuple[int, float]] = []

@@ -53,7 +53,7 @@ class Plan(Protocol):
     """Decides what rides along."""
 
     name: str
-    draft_levels: int
+    draft_to: int
     below: bool
 
     def ahead(self, question: Question) -> Ahead: ...
@@ -63,12 +63,12 @@ class Plan(Protocol):
 
 @dataclass
 class FixedPlan:
-    """The same answer always: `wanted` where it can be had. `draft_levels`: levels a draft searches (at most the
-    trie's); `below`: the whole sub-trees of what it found at the last one ride too."""
+    """The same answer always: `wanted` where it can be had. `draft_to`: how many codes deep a draft searches (never
+    to the last: leaves are not read); `below`: the whole sub-trees of what it found at the last one ride too."""
 
     name: str
     wanted: Ahead
-    draft_levels: int = 0
+    draft_to: int = 0
     below: bool = False
 
     def ahead(self, question: Question) -> Ahead:
@@ -85,7 +85,7 @@ class FixedPlan:
 
 TREE_ATTENTION = FixedPlan("tree-attention", Ahead.NOTHING)
 DRAFT_FREE = FixedPlan("draft-free", Ahead.WHOLE)
-ATSPEED = FixedPlan("atspeed-s", Ahead.DRAFT, draft_levels=64)
+ATSPEED = FixedPlan("atspeed-s", Ahead.DRAFT, draft_to=64)
 
 
 class Cost(NamedTuple):
@@ -100,8 +100,8 @@ class Cost(NamedTuple):
 class MeasuredPlan:
     """The cheapest by measured `costs` (by rows in a pass) and the catalog's shape: how likely a beam has a choice left
     at each depth (`deciding`), and how many decisions the `whole` sub-tree below it holds. There is `room` for so many
-    nodes to ride along. A draft searches `width` beams; it is asked for one more code, and brings the sub-trees below
-    its guesses: the codes after the second are nearly forced."""
+    nodes to ride along. A draft searches `width` beams, two codes deep, and brings the sub-trees below its guesses:
+    the codes after the second are nearly forced."""
 
     costs: Mapping[int, Cost]
     deciding: Sequence[float]
@@ -109,7 +109,7 @@ class MeasuredPlan:
     width: int
     room: int
     name: str = "planner"
-    draft_levels: int = 1
+    draft_to: int = 2
     below: bool = True
     _seen: dict[int, list[float]] = field(default_factory=dict)
     _refused: int = 0

@@ -20,13 +20,13 @@ from model.target import Target
 from tests.model.conftest import Tiny, random_catalog
 
 NEAR_TIE = 1e-4  # nats: nearer choices than this are the rounding's
-GUESS_AND_BELOW = FixedPlan("atspeed and below", Ahead.DRAFT, draft_levels=1, below=True)
+GUESS_AND_BELOW = FixedPlan("atspeed and below", Ahead.DRAFT, draft_to=2, below=True)
 
 
 class Whim:
     """A plan that answers anything, to find what does not fit together."""
 
-    name, draft_levels, below = "whim", 2, True
+    name, draft_to, below = "whim", 3, True
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
