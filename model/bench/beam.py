@@ -58,7 +58,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured. `checkpoint`: the target as `transformers` reads it, to compare with its beam search."""
+    """What is measured. `checkpoint`: the target as `transformers` reads it, to compare with its beam search.
+    `replacement`: how relaxed requests draw."""
 
     data: str
     target: Target
@@ -68,10 +69,14 @@ class Subject:
     max_history_items: int
     cases: tuple[Case, ...]
     checkpoint: Path
+    replacement: bool = False
 
     def requests(self, k: int, relaxed: bool = False) -> list[BeamRequest]:
         strict = [BeamRequest(str(n), case.history, k) for n, case in enumerate(self.cases)]
-        return [replace(r, verification="relaxed", seed=n) for n, r in enumerate(strict)] if relaxed else strict
+        if not relaxed:
+            return strict
+        drawn = replace(strict[0], verification="relaxed", replacement=self.replacement)
+        return [replace(drawn, request_id=r.request_id, history=r.history, seed=n) for n, r in enumerate(strict)]
 
     def decoder(self, plan: Plan, batch: int, k: int, draft: Draft | Target | None = None) -> BeamDecoder:
         return BeamDecoder(
@@ -390,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=0, help="first so many held-out users (0: all)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--replacement", action="store_true", help="let relaxed requests draw with replacement")
     parser.add_argument("--exact", action="store_true", help="only prove exactness, for every plan and draft")
     parser.add_argument("--transformers", action="store_true", help="only time the beam search of `transformers`")
     parser.add_argument("--json", type=Path, default=None)
@@ -402,6 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             subject = of_run(Run(recipe, options.runs / recipe.name), options.users)
         else:
             subject = of_bundle(load_bundle(options.bundle), options.bundle, options.data, options.users)
+        subject = replace(subject, replacement=options.replacement)
         if options.draft:
             subject = replace(subject, draft=aligned_draft(subject.target, options.draft))
     except (BundleError, DataError, RecipeError, OSError, ValueError) as exc:
