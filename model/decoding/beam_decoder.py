@@ -52,9 +52,10 @@ class BeamDecoder:
         max_nodes: int = 256,
     ) -> None:
         """`plan` decides what rides along; `draft` is a PAD-Rec draft or a small language model of the target's
-        vocabulary, which searches `draft_width` beams. `max_nodes`: what may ride along during a whole request."""
+        vocabulary, which searches `draft_width` beams, or `k` if that is more. `max_nodes`: what may ride along during
+        a whole request."""
         self.target, self.trie, self.plan = target, trie, plan
-        self.max_k, self.max_nodes = min(max_k, MAX_BEAMS), max_nodes
+        self.max_k, self.max_nodes, self.draft_width = min(max_k, MAX_BEAMS), max_nodes, draft_width
         vocabulary, self.tree = target.vocabulary, BeamTree(trie)
         prompt = len(vocabulary.prompt(())) + max_history_items * vocabulary.tokens_per_item
         room = (trie.num_levels - 1) * self.max_k + max_nodes
@@ -64,9 +65,9 @@ class BeamDecoder:
         self.draft: HeadDraft | ModelDraft | None = None
         widest = max(draft_width, self.max_k)
         if isinstance(draft, Draft):
-            self.draft = HeadDraft(draft, target, self.tree, num_rows, prompt + widest, draft_width)
+            self.draft = HeadDraft(draft, target, self.tree, num_rows, prompt, widest)
         elif draft is not None:
-            self.draft = ModelDraft(draft, self.tree, num_rows, prompt + widest, draft_width)
+            self.draft = ModelDraft(draft, self.tree, num_rows, prompt, widest)
         self._draft_seconds = 0.0
         filters = FilterTable(catalog, trie, num_rows)
         self.rows = BeamRows(num_rows, self.tree, filters, max_history_items, room, target.hidden_size, self.max_k)
@@ -157,7 +158,9 @@ class BeamDecoder:
             Lot(row.seed, row.request.replacement) if row.request.verification == "relaxed" else None for row in held
         ]
         may = self.rows.may(torch.tensor(indices, device=tokens.device))
-        search = Search(tokens, length, may, start, level, lots)
+        # Fewer beams than the target keeps could never hold all of them.
+        widths = [max(self.draft_width, row.wanted) for row in held]
+        search = Search(tokens, length, may, start, level, widths, lots)
         drafted = self.draft.search(search, self._draft_to - level, features)
         proposed = [part.drawn for part in drafted]
         if self.plan.below:

@@ -5,7 +5,7 @@ from the first codes the target has chosen. `ModelDraft` is an independent small
 target and guesses before, so that its nodes ride in the prompt's own pass. Neither decides anything. A draft searches
 once a request, at admission: its cache holds nothing between two searches.
 
-Shapes: B rows, P prompt tokens at most, W draft beams a level, C children, N the draft's width, d hidden size.
+Shapes: B rows, P prompt tokens at most, W draft beams a level, C children, N beams drafted a level, d hidden size.
 """
 
 from collections.abc import Sequence
@@ -60,13 +60,15 @@ class DraftedLevel(NamedTuple):
 
 class Search(NamedTuple):
     """Where a search starts: the prompts' `tokens` [B, P] of `length` [B], what the rows `may` emit, the `beams` to
-    start from at `level` (the root at level 0), and a `lot` for each row that is relaxed."""
+    start from at `level` (the root at level 0), how many beams each row keeps at a level (`widths` [B]), and a lot for
+    each row that is relaxed."""
 
     tokens: Tensor
     length: Tensor
     may: Availability
     beams: Beams
     level: int
+    widths: Sequence[int]
     lots: Sequence[Lot | None]
 
 
@@ -76,10 +78,10 @@ class HeadDraft:
     rides_with_prompt = False
 
     def __init__(self, draft: Draft, target: Target, tree: BeamTree, num_rows: int, positions: int, width: int) -> None:
-        """`positions`: the longest prompt; `width` N: beams kept a level."""
-        self.draft, self.tree, self.width = draft, tree, width
+        """`positions`: the longest prompt; `width`: the most beams a search may start from or keep."""
+        self.draft, self.tree = draft, tree
         self.heads = LevelHeads(target)
-        self.cache = draft.new_cache(num_rows, positions + tree.trie.num_levels * max(width, 1) * 2)
+        self.cache = draft.new_cache(num_rows, positions + tree.trie.num_levels * width)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -116,7 +118,7 @@ class HeadDraft:
             tokens = self.tree.token.take(beams.nodes)
             feature = self.draft.ask(tokens, feature, rotary, step, self.cache, at, asked, sight)
             level = search.level + step
-            drafted, beams, parent = _next_level(self.tree, self.heads, feature, search, beams, level, self.width)
+            drafted, beams, parent = _next_level(self.tree, self.heads, feature, search, beams, level)
             found.append(drafted)
         return found
 
@@ -128,9 +130,10 @@ class ModelDraft:
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, model: Target, tree: BeamTree, num_rows: int, positions: int, width: int) -> None:
-        self.model, self.tree, self.width = model, tree, width
+        """As for `HeadDraft`."""
+        self.model, self.tree = model, tree
         self.heads = LevelHeads(model)
-        total = positions + tree.trie.num_levels * max(width, 1) * 2
+        total = positions + tree.trie.num_levels * width
         model.reserve_positions(total)
         self.cache: KVCache = model.new_cache(num_rows, total)
 
@@ -146,7 +149,7 @@ class ModelDraft:
         paths = torch.empty(rows, 1, 0, dtype=torch.int64, device=device)
         beams, used, found = search.beams, 0, []
         for level in range(levels):
-            drafted, beams, parent = _next_level(self.tree, self.heads, hidden, search, beams, level, self.width)
+            drafted, beams, parent = _next_level(self.tree, self.heads, hidden, search, beams, level)
             found.append(drafted)
             if level + 1 == levels:
                 break
@@ -164,24 +167,29 @@ class ModelDraft:
 
 
 def _next_level(
-    tree: BeamTree, heads: LevelHeads, hidden: Tensor, search: Search, beams: Beams, level: int, width: int
+    tree: BeamTree, heads: LevelHeads, hidden: Tensor, search: Search, beams: Beams, level: int
 ) -> tuple[DraftedLevel, Beams, Tensor]:
     """What is drafted below `beams` at `level`, the beams to go on from, and the place [B, W] of each one's parent."""
     trie = tree.trie
     children = trie.children(beams.nodes, search.may, widest=tree.widest[level])
     joint = joint_scores(heads(level, hidden, children, trie.code), children, beams.scores)
     nodes, flat = children.nodes.flatten(1), joint.flatten(1)
-    chosen = best(flat, nodes, [width] * len(flat), tree)
+    chosen = best(flat, nodes, search.widths, tree)
     drawn = chosen.nodes
     relaxed = [(place, lot) for place, lot in enumerate(search.lots) if lot is not None]
     if relaxed:
-        drawn = drawn.clone()
+        # As many draws as the row has beams, however few continuations the widest row of the batch has.
+        drawn = drawn.new_full((len(flat), max(search.widths)), tree.nowhere)
+        drawn[:, : chosen.nodes.shape[1]] = chosen.nodes
         kept, scores = chosen.nodes.clone(), chosen.scores.clone()
         for place, lot in relaxed:
-            if not bool(flat[place].isfinite().any()):
+            # Among what is legal: luck must not depend on how wide the rest of the batch is.
+            legal = flat[place].isfinite().nonzero()[:, 0]
+            if not len(legal):
                 continue
             luck = generator(lot.seed, level, verifying=False)
-            found = draw(flat[place].cpu(), drawn.shape[1], lot.replacement, luck).to(drawn.device)
+            drafted = draw(flat[place, legal].cpu(), search.widths[place], lot.replacement, luck)
+            found = legal[drafted.to(legal.device)]
             drawn[place], kept[place], scores[place] = tree.nowhere, tree.nowhere, float("-inf")
             drawn[place, : len(found)] = nodes[place, found]
             distinct = found.unique()

@@ -30,8 +30,7 @@ def measured_plan(decoder: BeamDecoder, requests: Sequence[BeamRequest], repeats
     """Time passes over `requests` (repeated as needed) at every load up to the decoder's rows. The decoder must be
     idle; it is idle again afterwards, and its plan is the one returned."""
     num_rows, tree = len(decoder.rows.held), decoder.tree
-    width = decoder.draft.width if decoder.draft else 0
-    plan = MeasuredPlan({}, tree.deciding, tree.whole, width, decoder.max_nodes)
+    plan = MeasuredPlan({}, tree.deciding, tree.whole, decoder.draft_width, decoder.max_nodes)
     rehearsal = Rehearsal("rehearsal", Ahead.DRAFT, plan.draft_to, plan.below)
     costs = {}
     for load in [load for load in LOADS if load < num_rows] + [num_rows]:

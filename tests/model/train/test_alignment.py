@@ -168,7 +168,7 @@ def test_the_head_is_trained_on_what_it_says_when_it_serves(
     first = roots.nodes[0][roots.available[0] > 0].unique()[None]
     draft = HeadDraft(Draft(made, target.embedding, trie.vocabulary), target, tree, 1, 40, 200)
     start = Beams(first, torch.zeros(first.shape))
-    found = draft.search(Search(prompt, length, may, start, 1, [None]), trie.num_levels - 1, features)
+    found = draft.search(Search(prompt, length, may, start, 1, [200], [None]), trie.num_levels - 1, features)
     compared = 0
     for n, codes in enumerate(batch.codes.tolist()):
         node = trie.first_leaf + trie.leaf(tuple(codes))
