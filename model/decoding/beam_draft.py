@@ -30,7 +30,7 @@ class LevelHeads:
     """The head of each level alone: [..., codes of the level] logits, the same to the last bit as the whole head's."""
 
     def __init__(self, target: Target) -> None:
-        self.dtype = target.dtype
+        self.dtype = target.head.weight.dtype
         ends = [*target.head_columns.tolist()[1:], target.num_item_tokens]
         kind = NativeLinear if isinstance(target.head, NativeLinear) else PackedLinear
         bounds = zip(target.head_columns.tolist(), ends, strict=True)

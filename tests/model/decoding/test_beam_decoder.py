@@ -200,7 +200,13 @@ def test_random_catalogs_of_any_shape(seed: int, sizes: tuple[int, ...]) -> None
         assert_same(strange, requests, decode_all(running, requests)[0])
 
 
-def other_tiny(seed: int, sizes: tuple[int, ...], native: bool = True, flat: bool = False) -> Tiny:
+def other_tiny(
+    seed: int,
+    sizes: tuple[int, ...],
+    native: bool = True,
+    flat: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tiny:
     """Another random catalog and target; a `flat` target thinks everything equally likely."""
     catalog = random_catalog(seed, 60, sizes)
     vocabulary = Vocabulary.compact(sizes)
@@ -219,7 +225,9 @@ def other_tiny(seed: int, sizes: tuple[int, ...], native: bool = True, flat: boo
     if flat:
         model.lm_head.weight.data.zero_()
     codes = [item.codes for item in catalog.items]
-    return Tiny(catalog, ItemTrie(np.array(codes), vocabulary), Target(model, vocabulary, native=native), codes)
+    return Tiny(
+        catalog, ItemTrie(np.array(codes), vocabulary), Target(model.to(dtype), vocabulary, native=native), codes
+    )
 
 
 @pytest.mark.parametrize("draft", ["none", "model"])
@@ -353,3 +361,17 @@ def test_equal_seeds_give_equal_relaxed_answers_in_any_company(tiny: Tiny, repla
 def test_relaxed_without_a_draft_is_strict_and_does_not_say_otherwise(tiny: Tiny) -> None:
     requests = relaxed(tiny, 6, replacement=False)
     assert_same(tiny, requests, decode_all(decoder(tiny, DRAFT_FREE), requests)[0])
+
+
+def test_bf16_differs_from_its_own_twin_only_where_two_beams_nearly_tie() -> None:
+    half = other_tiny(3, (6, 6, 5, 4), dtype=torch.bfloat16)
+    assert half.target.dtype == torch.bfloat16
+    requests = [BeamRequest(str(i), (code,), 6) for i, code in enumerate(half.codes[:24])]
+    results, _ = decode_all(decoder(half, DRAFT_FREE), requests)
+    identical = 0
+    for request in requests:
+        expected, margin = twin_and_margin(half, request)
+        same = [i.codes for i in results[request.request_id].items] == [i.codes for i in expected.items]
+        assert same or margin < 0.1
+        identical += same
+    assert identical >= 12
