@@ -18,11 +18,16 @@ import torch
 from safetensors import SafetensorError
 
 from model.catalog import Catalog
+from model.decoding.beam_decoder import BeamDecoder
+from model.decoding.beam_measure import measured_plan
+from model.decoding.beam_plan import DRAFT_FREE
+from model.decoding.beam_tree import BeamTree
 from model.decoding.budget import measured_budget
 from model.decoding.catalog_index import CatalogIndex
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.profile import Profile
 from model.decoding.request import ListRequest
+from model.decoding.strategies import Strategies, beams_of
 from model.decoding.topology import Budget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
@@ -85,6 +90,43 @@ class Bundle:
             **options,
         )
 
+    def beam_decoder(
+        self, *, num_rows: int, max_k: int, catalog: CatalogIndex | None = None, **options: Any
+    ) -> BeamDecoder:
+        """A beam decoder over this bundle. Without a `plan` among `options` whole sub-trees ride along where there is
+        room until `warm_up` has measured better; without a `draft` the bundle's PAD-Rec draft may guess; `catalog` as
+        for lists."""
+        options.setdefault("plan", DRAFT_FREE)
+        options.setdefault("draft", self.draft)
+        return BeamDecoder(
+            self.target,
+            catalog.trie if catalog else self.trie,
+            catalog.attributes if catalog else self.catalog,
+            num_rows=num_rows,
+            max_history_items=self.info.max_history_items,
+            max_k=max_k,
+            tree=BeamTree(catalog.trie, catalog.beams) if catalog else None,
+            **options,
+        )
+
+    def strategies(
+        self,
+        *,
+        num_rows: int,
+        max_k: int,
+        prefill_tokens: int | None = None,
+        catalog: CatalogIndex | None = None,
+        learned: Strategies | None = None,
+    ) -> Strategies:
+        """Both decoders, as a worker serves them. `learned`: those of another catalog version, whose measurements and
+        acceptance they take over instead of being warmed up."""
+        lists = self.list_decoder(num_rows=num_rows, max_k=max_k, catalog=catalog, prefill_tokens=prefill_tokens)
+        beams = self.beam_decoder(num_rows=num_rows, max_k=max_k, catalog=catalog)
+        if learned is not None:
+            lists.budget, lists.learn = learned.lists.budget, learned.lists.learn
+            beams.plan = learned.beams.plan.over(beams.tree.deciding, beams.tree.whole)
+        return Strategies(lists, beams)
+
     def golden_requests(self, count: int) -> list[ListRequest]:
         """Deterministic requests for warm-up: histories of popular items."""
         popular = sorted(self.catalog.items, key=lambda item: (-item.popularity, item.item_id))
@@ -93,10 +135,12 @@ class Bundle:
         k = min(10, len(popular) - length)
         return [ListRequest(f"golden-{i}", tuple(item.codes for item in items), k) for i, items in enumerate(histories)]
 
-    def warm_up(self, decoder: ListDecoder) -> None:
-        """Run every code path once and measure the budget of each load."""
-        measured_budget(decoder, self.golden_requests(min(8, len(self.catalog.items))), self.profile("draft"))
-        decoder.freeze()
+    def warm_up(self, decoder: Strategies) -> None:
+        """Run every code path once, and measure the budget of each load and what passes over beams cost."""
+        golden = self.golden_requests(min(8, len(self.catalog.items)))
+        measured_budget(decoder.lists, golden, self.profile("draft"))
+        measured_plan(decoder.beams, beams_of(golden))
+        decoder.lists.freeze()
 
     def profile(self, draft: str) -> Profile:
         """What the report says of a draft (`draft` or `draft-plain`); a guess when it says nothing."""

@@ -127,6 +127,29 @@ class AblationConfig:
 
 
 @dataclass(frozen=True)
+class AlignmentConfig:
+    """Aligning drafts with the target's beams (AtSpeed). `weight` is the alignment's share of the loss, `top` the
+    draft's K most likely codes that AtSpeed-S looks at; the sizes are those of the independent small model."""
+
+    histories_per_user: int = 4
+    beam_width: int = 20
+    beams_per_history: int = 4
+    item_dropout: float = 0.1
+    weight: float = 0.7
+    top: int = 20
+    hidden_size: int = 64
+    intermediate_size: int = 176
+    num_layers: int = 2
+    num_heads: int = 2
+    epochs: int = 20
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup_fraction: float = 0.05
+    seed: int = 7
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Size of the evaluation and the gates a bundle must pass to be written."""
 
@@ -148,6 +171,7 @@ class Recipe:
     lists: ListsConfig = field(default_factory=ListsConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     ablation: AblationConfig = field(default_factory=AblationConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def as_dict(self) -> dict[str, Any]:

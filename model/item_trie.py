@@ -100,6 +100,8 @@ class ItemTrie:
         self, tables: Mapping[str, npt.NDArray[Any]], vocabulary: Vocabulary, device: torch.device | str
     ) -> None:
         self.vocabulary = vocabulary
+        self.num_levels: int
+        self.num_items: int
         self.num_levels, self.num_items = tables["columns"].shape
         self.item_of_leaf = tables["item_of_leaf"]
         # For one look-up at a time NumPy's search is slow, and copies a column that is not of the code's type.
@@ -145,12 +147,16 @@ class ItemTrie:
         np.cumsum(leaves, out=sums[1:])
         return torch.from_numpy(sums).to(self.device).take(self.leaf_start)
 
-    def children(self, nodes: Tensor, may: Availability, path: Tensor | None = None) -> Children:
+    def children(
+        self, nodes: Tensor, may: Availability, path: Tensor | None = None, widest: int | None = None
+    ) -> Children:
         """Children of `nodes` [B, M] given what the rows may emit. `path` [B, M, P] holds leaves emitted on the way
-        to each node and not yet in `may.excluded` (N where none). Leaves (depth L) have no children."""
+        to each node and not yet in `may.excluded` (N where none). Leaves (depth L) have no children. Whoever knows
+        that none of the nodes has more than `widest` children need not look at more: C is then `widest`."""
         node = nodes.unsqueeze(-1)
         first, last = self.first_child.take(node), self.first_child.take(node + 1)
-        index = torch.minimum(first + self._window, last)
+        window = self._window if widest is None else self._window[: widest + 1]
+        index = torch.minimum(first + window, last)
         bounds = self.leaf_start.take(index)
         # With slot 0 alone there is no filter in use, and what passes before a node is every leaf before it.
         before = bounds

@@ -71,6 +71,28 @@ class Sight(NamedTuple):
         return attention_mask(self.committed, own, self.reach, dtype, static=self.static)
 
 
+class TreeSight(NamedTuple):
+    """What the new tokens of a pass see when each has its own way back: token t sees positions 0..committed[t]-1
+    (`committed` [B, n]) and committed[t] + p for every p of `paths` [B, n, A] that is not negative (padding comes
+    last). A prompt's tokens have committed = their own position + 1 and no path; a beam's nodes the prompt and their
+    ancestors, wherever these lie behind it. `reach` bounds the positions looked at."""
+
+    committed: Tensor
+    paths: Tensor
+    reach: int
+
+    def mask(self, at: Write, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Additive mask [B, 1, n, reach], as `attention_mask` makes it."""
+        del at
+        places = torch.arange(self.reach, device=self.committed.device)
+        visible = places < self.committed.clamp(min=1).unsqueeze(-1)
+        # A negative place repeats position 0, which everything sees.
+        index = (self.committed.unsqueeze(-1) + self.paths).masked_fill(self.paths < 0, 0)
+        visible = visible.scatter(2, index, True)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+
+
 def attention_mask(
     committed: Tensor, own: Tensor, length: int, dtype: torch.dtype = torch.float32, *, static: bool = False
 ) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.kv_cache import KVCache, Sight, Write
+from model.kv_cache import KVCache, Sight, TreeSight, Write
 from model.layer import Layer, UnitNorm, fused_weights, grouped
 from model.linear import PackedLinear
 from model.native import kernel
@@ -124,7 +124,7 @@ class Target:
         positions: Tensor,
         cache: KVCache,
         at: Write,
-        sight: Sight,
+        sight: Sight | TreeSight,
         features: Sequence[int] = (),
     ) -> TargetOutput:
         """One pass over `tokens` [B, n] at rotary `positions` [B, n], stored `at`, seeing what `sight` says.

@@ -1,4 +1,4 @@
-"""The command `padrec`: serve | api | worker | publish | stock | key | check | train | bench | bundle.
+"""The command `padrec`: serve | api | worker | publish | stock | key | check | train | align | bench | bundle.
 
 Reads flags, environment and file into settings and hands over. Knows nothing of how anything works, and imports a
 process's code only when that process is asked for: the API runs without torch.
@@ -27,9 +27,11 @@ Flags = dict[str, Any]
 # First words of a command -> the module whose `main(argv)` it is. They parse their own arguments.
 FORWARDED = {
     ("train",): ("model.train.run", "train a bundle from a recipe (TOML)"),
+    ("align",): ("model.train.alignment", "align a draft with the target's beams (AtSpeed)"),
     ("bench", "serve"): ("service.bench_serve", "HTTP load against a running service"),
     ("bench", "redis"): ("service.bench_redis", "memory and look-up time of a catalog in Redis"),
     ("bench", "swap"): ("service.bench_swap", "how long a catalog swap holds up a worker"),
+    ("bench", "beam"): ("model.bench.beam", "beam search by every plan, against the slow twin"),
     ("bench", "decode"): ("model.bench.decode", "speculative against plain decoding, without HTTP"),
     ("bench", "tune"): ("model.bench.tune", "which draft trees pay on this device"),
     ("bench", "trie"): ("model.bench.trie", "the item trie from 10^4 to 10^7 items against nested dictionaries"),
@@ -45,7 +47,8 @@ _HTTP = (
     *_COMMON,
 )  # fmt: skip
 _ENGINE = (
-    "bundle", "num_rows", "max_waiting", "max_wait_ms", "threads", "device", "dtype", "max_k", "shadow_percent",
+    "bundle", "num_rows", "prefill_tokens", "max_waiting", "max_wait_ms", "threads", "device", "dtype", "max_k",
+    "shadow_percent",
 )  # fmt: skip
 _API = (
     "redis_url", "redis_timeout_ms", "worker_urls", "catalog_file", "api_keys_file", "max_body_bytes", "body_seconds",
@@ -238,9 +241,7 @@ def _check(flags: Flags) -> int:
 
 def _bench(flags: Flags) -> int:
     del flags
-    return _say(
-        "say what to measure: padrec bench serve | redis | swap | decode | tune | trie | ablation | peers", REFUSED
-    )
+    return _say(f"say what to measure: padrec bench {MEASURES}", REFUSED)
 
 
 if __name__ == "__main__":

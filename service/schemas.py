@@ -24,6 +24,16 @@ Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]  # what every JSON reader keeps exactly
+Strategy = Literal["list", "beam"]
+Verification = Literal["strict", "relaxed"]
+MAX_BEAMS = 200
+_STRATEGIES = (
+    "`list`: a list written as a whole, each item with regard to those before it. `beam`: the k most likely next items."
+)
+_VERIFICATIONS = (
+    "For `beam`: `strict` gives exactly what the model's own beam search gives. `relaxed` may be sooner and gives "
+    "other items; an answer that is one says so in `model.verification`."
+)
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -91,6 +101,10 @@ RECOMMEND_EXAMPLES: dict[str, Any] = {
             "deadline_ms": 500,
         },
     },
+    "most likely": {
+        "summary": "The ten most likely next items, by beam search",
+        "value": {"history": ["50", "181", "174", "210"], "k": 10, "strategy": "beam"},
+    },
     "sampled": {
         "summary": "Another ten every time, the same ten for the same seed",
         "value": {"history": ["50", "181", "174", "210"], "k": 10, "temperature": 0.8, "top_p": 0.95, "seed": 7},
@@ -112,12 +126,15 @@ class RecommendRequest(_Body):
         Field(max_length=10_000),
         WithJsonSchema(_HISTORY_SCHEMA),
     ]
-    k: int | None = Field(None, ge=1, le=1000, description="How many items; 10 unless told.")
+    k: int | None = Field(
+        None, ge=1, le=1000, description="How many items; 10 unless told. By beam search at most 200."
+    )
     user_id: ItemId | None = Field(None, description="Accepted for symmetry; not used, not logged.")
     exclude: list[ItemId] = Field(default=[], max_length=10_000)
     exclude_history: bool = Field(True, description="Never recommend what is in the history.")
     filters: dict[Name, Filter] = Field(default={}, max_length=16)
-    strategy: Literal["list"] = "list"
+    strategy: Strategy = Field("list", description=_STRATEGIES)
+    verification: Verification = Field("strict", description=_VERIFICATIONS)
     speculation: Literal["on", "off"] = Field("on", description="Changes the time, not the items.")
     temperature: Temperature | None = Field(
         None,
@@ -151,18 +168,26 @@ class RecommendedItem(_Body):
 
 
 class ModelInfo(_Body):
+    """`verification` is absent for lists, which are exact."""
+
     name: str
     version: str
     catalog_version: str
     strategy: str
+    verification: Verification | None = Field(
+        None, description="How beams were verified: `relaxed` where the items may differ from the model's own."
+    )
 
 
 class SpeculationInfo(_Body):
+    """For `beam` a round is a target pass after the prompt's, a draft token a node that rode along in a pass, an
+    accepted token a level that needed no pass of its own, a forced token a level without a choice."""
+
     rounds: int = Field(ge=0)
     draft_tokens: int = Field(ge=0)
     accepted_tokens: int = Field(ge=0)
     forced_tokens: int = Field(ge=0)
-    acceptance_length: float = Field(ge=0, description="Tokens gained per round, bonus included.")
+    acceptance_length: float = Field(ge=0, description="Tokens (or levels) gained per round, bonus included.")
 
 
 class Degraded(_Body):
@@ -250,7 +275,8 @@ class GenerateRequest(_Body):
     exclude: list[Codes] = Field(default=[], max_length=10_000)
     exclude_history: bool = True
     filters: dict[Name, Filter] = Field(default={}, max_length=16)
-    strategy: Literal["list"] = "list"
+    strategy: Strategy = "list"
+    verification: Verification = "strict"
     speculation: Literal["on", "off"] = "on"
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
@@ -311,7 +337,22 @@ def parse_recommend(document: Any, settings: Settings) -> RecommendRequest:
     request = validate(RecommendRequest, document)
     if request.k is not None and request.k > settings.max_k:
         raise Invalid.field("/k", f"should be at most {settings.max_k}")
+    _check_strategy(request)
     return request
+
+
+def _check_strategy(request: RecommendRequest) -> None:
+    """Raises Invalid naming a field that the strategy has no use for: it would be ignored in silence."""
+    if request.strategy == "list":
+        if request.verification != "strict":
+            raise Invalid.field("/verification", "should be strict unless strategy is beam")
+        return
+    if request.k is not None and request.k > MAX_BEAMS:
+        raise Invalid.field("/k", f"should be at most {MAX_BEAMS} for strategy beam")
+    if request.temperature:
+        raise Invalid.field("/temperature", "should be 0 or absent for strategy beam")
+    if request.top_p is not None:
+        raise Invalid.field("/top_p", "should be absent for strategy beam")
 
 
 def validate(schema: type[Body], document: Any) -> Body:

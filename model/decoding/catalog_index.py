@@ -7,7 +7,7 @@ executed. Knows catalogs and tries; nothing of models, queues or where catalogs 
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ import numpy.typing as npt
 import torch
 
 from model.catalog import Catalog
+from model.decoding.beam_tree import BeamTables
 from model.decoding.filters import Attributes, Categories, Numbers
 from model.decoding.request import ListRequest
 from model.item_trie import Availability, ItemTrie, legal_codes_by_search
 from model.semantic_id import Codes, Vocabulary
 
 NUM_POPULAR = 64
+BEAM_FACTS = ("widest", "deciding", "whole")
+BEAM_ARRAYS = tuple(field.name for field in fields(BeamTables) if field.name not in BEAM_FACTS)
 NUM_CHECKED = 5  # nodes of every depth that `check` compares with a search over all items
 
 
@@ -35,6 +38,7 @@ class CatalogIndex:
 
     version: str
     trie: ItemTrie
+    beams: BeamTables
     attributes: Attributes
     popular: tuple[Codes, ...]
 
@@ -49,7 +53,8 @@ class CatalogIndex:
             )
         trie = ItemTrie(np.array([item.codes for item in catalog.items]), vocabulary)
         popular = sorted(catalog.items, key=lambda item: (-item.popularity, item.item_id))[:NUM_POPULAR]
-        return cls(version, trie, Attributes.of(catalog, trie), tuple(item.codes for item in popular))
+        codes = tuple(item.codes for item in popular)
+        return cls(version, trie, BeamTables.of(trie), Attributes.of(catalog, trie), codes)
 
     def check(self, catalog: Catalog) -> None:
         """Compare nodes of every depth with a search over all items. Raises CatalogRefused."""
@@ -83,6 +88,7 @@ class CatalogIndex:
         arrays, categories = self.trie.tables(), self.attributes.categories
         arrays |= {f"number-{i}": number.values for i, number in enumerate(self.attributes.numbers.values())}
         arrays |= {f"category-{i}": category.carriers for i, category in enumerate(categories.values())}
+        arrays |= {f"beam-{name}": getattr(self.beams, name) for name in BEAM_ARRAYS}
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
         document = {
@@ -91,6 +97,7 @@ class CatalogIndex:
             "tables": list(self.trie.tables()),
             "numbers": list(self.attributes.numbers),
             "categories": {name: category.ends for name, category in categories.items()},
+            "beams": {name: getattr(self.beams, name) for name in BEAM_FACTS},
             "popular": [list(codes) for codes in self.popular],
         }
         (folder / "index.json").write_text(json.dumps(document), encoding="utf-8")
@@ -109,7 +116,10 @@ class CatalogIndex:
                 for i, (name, ends) in enumerate(document["categories"].items())
             }
             popular = tuple(tuple(codes) for codes in document["popular"])
-            return cls(str(document["version"]), trie, Attributes(numbers, categories), popular)
+            made: dict[str, Any] = {name: _map(folder, f"beam-{name}") for name in BEAM_ARRAYS}
+            made |= {name: tuple(document["beams"][name]) for name in BEAM_FACTS}
+            beams = BeamTables(**made)
+            return cls(str(document["version"]), trie, beams, Attributes(numbers, categories), popular)
         except (OSError, KeyError, TypeError, AttributeError) as exc:
             raise CatalogRefused(f"the index cannot be read: {exc}") from exc
 

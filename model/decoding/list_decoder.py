@@ -28,7 +28,7 @@ from model.decoding.draft_tree import (
     pick,
     write_at,
 )
-from model.decoding.filters import Attributes, FilterTable
+from model.decoding.filters import Attributes, FilterTable, Stock
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
 from model.decoding.rows import Gain, Row, Rows, account
 from model.decoding.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling, noise, perturbed
@@ -147,6 +147,10 @@ class ListDecoder:
         if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
             raise InvalidRequest("/seed", f"must lie between 0 and {MAX_SEED}")
         self.rows.filters.check(request.filters)
+
+    def set_stock(self, stock: Stock | None) -> None:
+        """What requests that get a row from now on may be given; None: everything."""
+        self.rows.filters.set_stock(stock)
 
     def cancel(self, request_id: str) -> bool:
         """Free the row of a request; whether there was one."""

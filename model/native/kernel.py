@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from model.kv_cache import Sight, Write
+from model.kv_cache import Sight, TreeSight, Write
 from model.layer import LayerWeights
 
 Tensor = torch.Tensor
@@ -50,10 +50,13 @@ class Places(NamedTuple):
         return cls(row, stored, position, committed.flatten(), seeing.flatten(), seen.flatten(0, -2))
 
     @classmethod
-    def of(cls, at: Write, sight: Sight, positions: Tensor) -> "Places":
+    def of(cls, at: Write, sight: Sight | TreeSight, positions: Tensor) -> "Places":
         """`positions` [B, n] are the rotary ones."""
         rows, new = at.positions.shape
         shape = (rows, new)
+        if isinstance(sight, TreeSight):
+            told = (at.rows.expand(shape), at.positions, positions, sight.committed, (sight.paths >= 0).sum(-1))
+            return cls(*(at.compact(part) for part in (*told, sight.paths.int())))
         committed = at.rows.new_zeros(shape) if sight.committed is None else sight.committed[:, None].expand(shape)
         if sight.own is None:
             seeing, seen = torch.arange(1, new + 1).expand(shape), torch.arange(new, dtype=torch.int32)[None]

@@ -262,6 +262,9 @@ def _generate_request(work: _Work) -> GenerateRequest:
         "strategy": request.strategy,
         "speculation": request.speculation,
     }
+    if request.verification != "strict":
+        relaxed = {"verification": request.verification, "seed": request.seed}
+        fields |= {name: value for name, value in relaxed.items() if value is not None}
     if request.temperature:  # a greedy request does not mention them: older workers refuse fields they do not know
         drawn = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
         fields |= {name: value for name, value in drawn.items() if value is not None}

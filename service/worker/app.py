@@ -16,8 +16,10 @@ from prometheus_client import CollectorRegistry
 from transformers.utils import logging as transformers_logging
 
 from model.bundle import load_bundle
+from model.decoding.beam_request import BeamResult, BeamStats
 from model.decoding.catalog_index import CatalogIndex
 from model.decoding.request import ListResult, RoundStats
+from model.decoding.strategies import Stats, beams_of
 from service import __version__
 from service.keys import Keys
 from service.metrics import WorkerMetrics, new_registry
@@ -30,7 +32,8 @@ from service.worker.engine import Edition, Engine
 from service.worker.routes import Served, generate_routes
 from service.worker.shadow import Shadow
 
-STRATEGY = "list"
+# Metrics keep what is lossy apart: a relaxed answer's numbers must not pass for an exact one's.
+LIST, BEAM, RELAXED = "list", "beam", "beam-relaxed"
 
 logger = logging.getLogger("padrec.worker")
 
@@ -45,10 +48,11 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bundle = load_bundle(settings.bundle, dtype=settings.dtype, device=settings.device)
     logger.info("bundle loaded", extra={"layers": "compiled kernel" if bundle.target.native else "torch"})
-    decoder = bundle.list_decoder(
+    decoder = bundle.strategies(
         num_rows=settings.num_rows, max_k=settings.max_k, prefill_tokens=settings.prefill_tokens
     )
     info = bundle.info
+    golden = bundle.golden_requests(min(8, len(bundle.catalog.items)))
     served = Served(info.name, info.version, settings.max_k, info.max_history_items)
     registry = new_registry()
     metrics = WorkerMetrics(registry)
@@ -58,15 +62,21 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
         observe=publisher(metrics, served.version),
         warm_up=bundle.warm_up,
         version=info.catalog_version,
-        golden=bundle.golden_requests(min(8, len(bundle.catalog.items))),
+        golden=[*golden, *beams_of(golden)],
         max_wait_seconds=settings.max_wait_ms / 1000,
     )
 
     def edition(index: CatalogIndex) -> Edition:
         """What serves another catalog version: the same target and drafts, what they have learned, rows of its own."""
-        made = bundle.list_decoder(num_rows=settings.num_rows, max_k=settings.max_k, catalog=index)
-        made.budget, made.learn = engine.decoder.budget, engine.decoder.learn
-        return Edition(index.version, made, index.golden_requests(8, info.max_history_items))
+        made = bundle.strategies(
+            num_rows=settings.num_rows,
+            max_k=settings.max_k,
+            prefill_tokens=settings.prefill_tokens,
+            catalog=index,
+            learned=engine.decoder,
+        )
+        golden = index.golden_requests(8, info.max_history_items)
+        return Edition(index.version, made, [*golden, *beams_of(golden)])
 
     feed = CatalogFeed(engine, edition, bundle.target.vocabulary, served, settings, metrics)
     return create_app(engine, served, settings, drain, metrics, registry, feed)
@@ -132,12 +142,14 @@ def create_app(
     return app
 
 
-def publisher(metrics: WorkerMetrics, model_version: str) -> Callable[[RoundStats | ListResult], None]:
-    """What the engine calls after every round and every list. Runs on the engine's thread."""
+def publisher(metrics: WorkerMetrics, model_version: str) -> Callable[[Stats | ListResult], None]:
+    """What the engine calls after every round and every answer. Runs on the engine's thread."""
 
-    def publish(seen: RoundStats | ListResult) -> None:
+    def publish(seen: Stats | ListResult) -> None:
         if isinstance(seen, RoundStats):
             publish_round(metrics, seen)
+        elif isinstance(seen, BeamStats):
+            publish_pass(metrics, seen)
         else:
             publish_list(metrics, seen, model_version)
 
@@ -151,9 +163,9 @@ def publish_round(metrics: WorkerMetrics, stats: RoundStats) -> None:
     metrics.batch_size.labels("decode").observe(stats.rows)
     metrics.stage.labels("draft").observe(stats.draft_seconds)
     metrics.stage.labels("verify").observe(stats.verify_seconds)
-    metrics.target_passes.labels(STRATEGY).inc(stats.rows)
-    metrics.spec_skipped_rounds.labels(STRATEGY).inc(not stats.draft_tokens)
-    metrics.target_passes_saved.labels(STRATEGY).inc(stats.accepted_tokens + stats.forced_tokens)
+    metrics.target_passes.labels(LIST).inc(stats.rows)
+    metrics.spec_skipped_rounds.labels(LIST).inc(not stats.draft_tokens)
+    metrics.target_passes_saved.labels(LIST).inc(stats.accepted_tokens + stats.forced_tokens)
     by_label = (
         (metrics.draft_per_position, stats.drafted_by_step),
         (metrics.accepted_per_position, stats.accepted_by_step),
@@ -162,20 +174,34 @@ def publish_round(metrics: WorkerMetrics, stats: RoundStats) -> None:
     )
     for counter, counts in by_label:
         for index, count in enumerate(counts):
-            counter.labels(STRATEGY, str(index)).inc(count)
+            counter.labels(LIST, str(index)).inc(count)
+
+
+def publish_pass(metrics: WorkerMetrics, stats: BeamStats) -> None:
+    """One pass over beams: how many took part, where its time went, the passes it took and saved."""
+    metrics.batch_size.labels("decode").observe(stats.rows)
+    if stats.draft_seconds:
+        metrics.stage.labels("draft").observe(stats.draft_seconds)
+    metrics.stage.labels("verify").observe(stats.verify_seconds)
+    metrics.target_passes.labels(BEAM).inc(stats.rows - stats.lossy_rows)
+    metrics.target_passes.labels(RELAXED).inc(stats.lossy_rows)
 
 
 def publish_list(metrics: WorkerMetrics, result: ListResult, model_version: str) -> None:
-    """One finished list: its waiting, its prefill and its speculation."""
+    """One finished answer: its waiting, its prefill and its speculation. For beams a draft token is a node that rode
+    along, an accepted one a level that needed no pass of its own, a forced one a level without a choice."""
     metrics.stage.labels("queue").observe(result.queue_seconds)
     metrics.stage.labels("prefill").observe(result.prefill_seconds)
-    counts = result.speculation
-    if counts.draft_tokens:  # a list written without drafting has no acceptance length
-        metrics.acceptance_length.labels(STRATEGY).observe(counts.acceptance_length)
-        metrics.spec_rounds.labels(STRATEGY, model_version).inc(counts.rounds)
-    metrics.spec_draft_tokens.labels(STRATEGY, model_version).inc(counts.draft_tokens)
-    metrics.spec_accepted_tokens.labels(STRATEGY, model_version).inc(counts.accepted_tokens)
-    metrics.spec_forced_tokens.labels(STRATEGY, model_version).inc(counts.forced_tokens)
+    counts, strategy = result.speculation, LIST
+    if isinstance(result, BeamResult):
+        strategy = RELAXED if result.lossy else BEAM
+        metrics.target_passes_saved.labels(strategy).inc(counts.accepted_tokens + counts.forced_tokens)
+    if counts.draft_tokens:  # what was decoded without drafting has no acceptance length
+        metrics.acceptance_length.labels(strategy).observe(counts.acceptance_length)
+        metrics.spec_rounds.labels(strategy, model_version).inc(counts.rounds)
+    metrics.spec_draft_tokens.labels(strategy, model_version).inc(counts.draft_tokens)
+    metrics.spec_accepted_tokens.labels(strategy, model_version).inc(counts.accepted_tokens)
+    metrics.spec_forced_tokens.labels(strategy, model_version).inc(counts.forced_tokens)
 
 
 def _alive(engine: Engine) -> Health:

@@ -152,7 +152,7 @@ class CatalogFeed:
 
         edition = await asyncio.to_thread(make)
         stock, sealed = await self._read_stock(edition)
-        edition.decoder.rows.filters.set_stock(stock)
+        edition.decoder.set_stock(stock)
         await asyncio.wrap_future(self.engine.offer(edition))
         return sealed
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from model.decoding.beam_request import BeamStats
 from model.decoding.filters import Stock
-from model.decoding.list_decoder import ListDecoder
-from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
+from model.decoding.request import InvalidRequest, ListResult
+from model.decoding.strategies import Asked, Stats, Strategies
 from service.worker.scheduler import Pace, Scheduler, Ticket
 
 logger = logging.getLogger("padrec.engine")
@@ -85,8 +86,8 @@ class Edition:
     """One catalog version as it is served. `golden` requests try its decoder out before anybody is served by it."""
 
     version: str
-    decoder: ListDecoder
-    golden: Sequence[ListRequest] = ()
+    decoder: Strategies
+    golden: Sequence[Asked] = ()
     open_until: float = math.inf  # `time.monotonic()`; until then it takes new requests
 
 
@@ -96,7 +97,7 @@ class _Trial:
 
     edition: Edition
     outcome: Future[None]
-    todo: list[ListRequest]
+    todo: list[Asked]
     wrong: str = ""
 
     def step(self) -> bool:
@@ -120,13 +121,13 @@ class Engine:
 
     def __init__(
         self,
-        decoder: ListDecoder,
+        decoder: Strategies,
         *,
         max_waiting: int,
-        observe: Callable[[RoundStats | ListResult], None],
-        warm_up: Callable[[ListDecoder], None] | None = None,
+        observe: Callable[[Stats | ListResult], None],
+        warm_up: Callable[[Strategies], None] | None = None,
         version: str = "",
-        golden: Sequence[ListRequest] = (),
+        golden: Sequence[Asked] = (),
         max_wait_seconds: float = math.inf,
     ) -> None:
         """`observe` is called on the engine's thread. `warm_up` runs there first, then `golden` requests are decoded
@@ -146,7 +147,7 @@ class Engine:
     # ---- any thread -------------------------------------------------------------------------------------------
 
     @property
-    def decoder(self) -> ListDecoder:
+    def decoder(self) -> Strategies:
         """The newest edition's."""
         return self.editions[-1].decoder
 
@@ -164,7 +165,7 @@ class Engine:
         self._beat = time.monotonic()
         self._thread.start()
 
-    def submit(self, request: ListRequest, catalog_version: str | None = None) -> Future[ListResult]:
+    def submit(self, request: Asked, catalog_version: str | None = None) -> Future[ListResult]:
         """Queue a request against a catalog version (the newest unless told). Raises OtherEdition, EngineOverloaded or
         EngineDraining; the future raises InvalidRequest, DeadlineExceeded, RequestCancelled or EngineFailed.
         `request_id` must be unique among those in flight."""
@@ -242,7 +243,7 @@ class Engine:
             return newest
         raise OtherEdition(newest.version)
 
-    def _refuse_what_cannot_be_done(self, request: ListRequest) -> None:
+    def _refuse_what_cannot_be_done(self, request: Asked) -> None:
         wait = self.scheduler.wait_seconds(self.num_rows, self.pace)
         # Not by prediction alone: with a row free a request is tried, or a wrong prediction would last for ever.
         reason = None
@@ -250,7 +251,7 @@ class Engine:
             reason = "queue"
         elif wait > self.max_wait_seconds:
             reason = "work"
-        elif wait and time.monotonic() + wait + self.pace.stay(request.k, self.num_rows) > request.deadline:
+        elif wait and time.monotonic() + wait + self.pace.stay(request, self.num_rows) > request.deadline:
             reason = "deadline"
         if reason is not None:
             raise EngineOverloaded(reason, max(wait, 0.1))
@@ -317,7 +318,7 @@ class Engine:
             self._close_old_editions(now)
             for edition in self.editions:
                 if edition.version in self._stock:
-                    edition.decoder.rows.filters.set_stock(self._stock.pop(edition.version))
+                    edition.decoder.set_stock(self._stock.pop(edition.version))
             self._stock.clear()
             free = self.num_rows - len(self.scheduler.running)
         for ticket, error in (*gone, *late):
@@ -334,7 +335,7 @@ class Engine:
             self.editions = [e for e in self.editions if id(e) in used or now < e.open_until]
 
     def _admit(self, joining: list[Ticket]) -> list[ListResult]:
-        valid: dict[Edition, list[ListRequest]] = {}
+        valid: dict[Edition, list[Asked]] = {}
         for ticket in joining:
             try:
                 ticket.edition.decoder.validate(ticket.request)
@@ -345,16 +346,17 @@ class Engine:
                 _fail(ticket.future, exc)
         return [result for edition, requests in valid.items() for result in self._read(edition, requests)]
 
-    def _read(self, edition: Edition, requests: list[ListRequest]) -> list[ListResult]:
+    def _read(self, edition: Edition, requests: list[Asked]) -> list[ListResult]:
         started = time.monotonic()
         finished = edition.decoder.admit(requests)
         self.pace.prompts(len(requests), time.monotonic() - started)
         return finished
 
-    def _round(self, edition: Edition) -> tuple[list[ListResult], RoundStats]:
+    def _round(self, edition: Edition) -> tuple[list[ListResult], Stats]:
         started = time.monotonic()
         results, stats = edition.decoder.round()
-        self.pace.round(stats.rows, sum(len(result.items) for result in results), time.monotonic() - started)
+        items = sum(len(result.items) for result in results)
+        self.pace.round(isinstance(stats, BeamStats), stats.rows, items, time.monotonic() - started)
         return results, stats
 
     def _finish(self, result: ListResult) -> None:
@@ -398,7 +400,7 @@ class Engine:
         return not self.scheduler.waiting and not self.scheduler.running
 
 
-def _fault(result: ListResult, decoder: ListDecoder) -> str:
+def _fault(result: ListResult, decoder: Strategies) -> str:
     """What is wrong with the list of a golden request; empty if nothing is."""
     codes = [item.codes for item in result.items]
     if not codes:

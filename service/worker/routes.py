@@ -8,11 +8,13 @@ import time
 import uuid
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Request, Response
 
+from model.decoding.beam_request import BeamRequest, BeamResult
 from model.decoding.request import CategoryFilter, InvalidRequest, ListRequest, ListResult, RangeFilter
+from model.decoding.strategies import Asked
 from service import strict_json
 from service.errors import (
     CatalogMismatch,
@@ -69,7 +71,7 @@ class Engine(Protocol):
     @property
     def catalog_version(self) -> str: ...
 
-    def submit(self, request: ListRequest, catalog_version: str) -> Future[ListResult]: ...
+    def submit(self, request: Asked, catalog_version: str) -> Future[ListResult]: ...
 
     def cancel(self, request_id: str) -> None: ...
 
@@ -98,12 +100,12 @@ def generate_routes(
         with admission.admit():
             raw = await read_json_body(request, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
             body = validate(GenerateRequest, strict_json.parse(raw))
-            asked = _list_request(body, served, ticket)
+            asked = _asked(body, served, ticket)
             result = await while_connected(request.receive, _run(engine, asked, body.catalog_version, admission))
         shadow.look(asked, result, body.catalog_version)
         answer = _response(body, result, served, time.monotonic() - ticket.started)
         ticket.fields["rounds"] = answer.speculation.rounds
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
     @router.get("/info", summary="What this worker serves and how busy it is")
     async def info() -> WorkerInfo:
@@ -123,7 +125,7 @@ def generate_routes(
     return router
 
 
-async def _run(engine: Engine, asked: ListRequest, catalog_version: str, admission: Admission) -> ListResult:
+async def _run(engine: Engine, asked: Asked, catalog_version: str, admission: Admission) -> ListResult:
     """The engine's answer by the deadline, its errors in the wire's words. Frees the engine when cancelled."""
     status = engine.status()
     if not status.ready:
@@ -165,23 +167,24 @@ def _translated(error: Exception) -> PadrecError:
     return DeadlinePassed("The deadline passed before the list was written.")
 
 
-def _list_request(body: GenerateRequest, served: Served, ticket: Ticket) -> ListRequest:
+def _asked(body: GenerateRequest, served: Served, ticket: Ticket) -> Asked:
     """The wire's request as the engine's, under an ID of our own: a retry may meet its first try here."""
     if body.k > served.max_k:
         raise Invalid.field("/k", f"should be at most {served.max_k}")
-    return ListRequest(
-        request_id=ticket.internal_id,
-        history=tuple(tuple(codes) for codes in body.history),
-        k=body.k,
-        exclude=tuple(tuple(codes) for codes in body.exclude),
-        exclude_history=body.exclude_history,
-        filters={name: _filter(wanted) for name, wanted in body.filters.items()},
-        speculation=body.speculation == "on",
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        deadline=ticket.started + body.deadline_ms / 1e3,
-    )
+    shared: dict[str, Any] = {
+        "request_id": ticket.internal_id,
+        "history": tuple(tuple(codes) for codes in body.history),
+        "k": body.k,
+        "exclude": tuple(tuple(codes) for codes in body.exclude),
+        "exclude_history": body.exclude_history,
+        "filters": {name: _filter(wanted) for name, wanted in body.filters.items()},
+        "speculation": body.speculation == "on",
+        "seed": body.seed,
+        "deadline": ticket.started + body.deadline_ms / 1e3,
+    }
+    if body.strategy == "beam":
+        return BeamRequest(**shared, verification=body.verification)
+    return ListRequest(**shared, temperature=body.temperature, top_p=body.top_p)
 
 
 def _filter(wanted: Filter) -> CategoryFilter | RangeFilter:
@@ -192,12 +195,13 @@ def _filter(wanted: Filter) -> CategoryFilter | RangeFilter:
 
 def _response(body: GenerateRequest, result: ListResult, served: Served, seconds: float) -> GenerateResponse:
     counts = result.speculation
+    strategy: dict[str, Any] = {"strategy": "list"}
+    if isinstance(result, BeamResult):
+        strategy = {"strategy": "beam", "verification": "relaxed" if result.lossy else "strict"}
     return GenerateResponse(
         request_id=body.request_id,
         items=[GeneratedItem(codes=list(item.codes), score=item.score) for item in result.items],
-        model=ModelInfo(
-            name=served.name, version=served.version, catalog_version=body.catalog_version, strategy="list"
-        ),
+        model=ModelInfo(name=served.name, version=served.version, catalog_version=body.catalog_version, **strategy),
         speculation=SpeculationInfo(
             rounds=counts.rounds,
             draft_tokens=counts.draft_tokens,

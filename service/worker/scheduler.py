@@ -11,7 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from model.decoding.request import ListRequest, ListResult
+from model.decoding.beam_request import BeamRequest
+from model.decoding.request import ListResult
+from model.decoding.strategies import Asked
 
 if TYPE_CHECKING:
     from service.worker.engine import Edition
@@ -22,7 +24,7 @@ class Ticket:
     """One accepted request, to be served from one edition of the catalog. `submitted` in seconds of
     `time.monotonic()`; `alone`: suspected of breaking rounds."""
 
-    request: ListRequest
+    request: Asked
     future: Future[ListResult]
     edition: "Edition"
     submitted: float = field(default_factory=time.monotonic)
@@ -34,38 +36,43 @@ class Ticket:
 
 
 class Pace:
-    """What work costs, learned from what it did cost: seconds a prompt, and seconds an item at each load. Loads are
-    learned by powers of two; what was seen fades round by round."""
+    """What work costs, learned from what it did cost: seconds a prompt, and seconds an item at each load, of lists and
+    of beams apart: a list grows item by item, beams come all at once. Loads are learned by powers of two; what was seen
+    fades round by round."""
 
     FADE = 0.99
 
     def __init__(self) -> None:
         self.prompt_seconds = 0.0
-        self._seen: dict[int, tuple[float, float]] = {}
+        self._seen: tuple[dict[int, tuple[float, float]], ...] = ({}, {})  # of lists, of beams
 
     def prompts(self, count: int, seconds: float) -> None:
         """`count` prompts were read in `seconds`."""
         each = seconds / count
         self.prompt_seconds += (0.1 if self.prompt_seconds else 1.0) * (each - self.prompt_seconds)
 
-    def round(self, rows: int, items: int, seconds: float) -> None:
-        """A round of `rows` took `seconds`; the lists it completed hold `items`."""
-        load = 1 << (rows - 1).bit_length()
-        before = self._seen.get(load, (0.0, 0.0))
-        self._seen[load] = (self.FADE * before[0] + seconds, self.FADE * before[1] + items)
+    def round(self, beams: bool, rows: int, items: int, seconds: float) -> None:
+        """A round of `rows` took `seconds`; the answers it completed hold `items`."""
+        load, seen = 1 << (rows - 1).bit_length(), self._seen[beams]
+        before = seen.get(load, (0.0, 0.0))
+        seen[load] = (self.FADE * before[0] + seconds, self.FADE * before[1] + items)
 
-    def item_seconds(self, rows: int) -> float:
+    def item_seconds(self, beams: bool, rows: int) -> float:
         """Seconds an item at `rows`, by the nearest load seen that is no larger (else the smallest one); 0 before any
-        list was completed."""
-        known = {load: seconds / items for load, (seconds, items) in self._seen.items() if items > 0.01}
+        such answer was completed."""
+        known = {load: seconds / items for load, (seconds, items) in self._seen[beams].items() if items > 0.01}
         if not known:
             return 0.0
         smaller = [load for load in known if load < 2 * rows]
         return known[max(smaller) if smaller else min(known)]
 
-    def stay(self, items: int, rows: int) -> float:
+    def work(self, request: Asked, rows: int) -> float:
+        """Seconds of the engine's time that a request's items take at `rows`."""
+        return request.k * self.item_seconds(isinstance(request, BeamRequest), rows)
+
+    def stay(self, request: Asked, rows: int) -> float:
         """Seconds from getting a row to the answer: the engine's time is shared by `rows`."""
-        return self.prompt_seconds + items * self.item_seconds(rows) * rows
+        return self.prompt_seconds + self.work(request, rows) * rows
 
 
 class Scheduler:
@@ -89,11 +96,11 @@ class Scheduler:
         of one list: of those that wait before him, and of one of those that run."""
         if len(self.waiting) + len(self.running) < num_rows:
             return 0.0
-        items: float = sum(ticket.request.k for ticket in self.waiting)
+        work = sum(pace.work(ticket.request, num_rows) for ticket in self.waiting)
         if self.running:
-            items += sum(ticket.request.k for ticket in self.running.values()) / len(self.running)
-        lists = len(self.waiting) + bool(self.running)
-        return lists * pace.prompt_seconds + items * pace.item_seconds(num_rows)
+            work += sum(pace.work(t.request, num_rows) for t in self.running.values()) / len(self.running)
+        answers = len(self.waiting) + bool(self.running)
+        return answers * pace.prompt_seconds + work
 
     def expired(self, now: float) -> list[Ticket]:
         """Take every late ticket out, waiting or running."""

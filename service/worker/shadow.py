@@ -12,7 +12,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Protocol
 
-from model.decoding.request import ListRequest, ListResult
+from model.decoding.beam_request import BeamRequest
+from model.decoding.request import ListResult
+from model.decoding.strategies import Asked
 from service.metrics import WorkerMetrics
 from service.worker.engine import EngineError, EngineStatus
 
@@ -22,7 +24,7 @@ DEADLINE_SECONDS = 30.0
 class Engine(Protocol):
     """What the sample needs of `service.worker.engine.Engine`."""
 
-    def submit(self, request: ListRequest, catalog_version: str) -> Future[ListResult]: ...
+    def submit(self, request: Asked, catalog_version: str) -> Future[ListResult]: ...
 
     def status(self) -> EngineStatus: ...
 
@@ -38,12 +40,16 @@ class Shadow:
         self._dice = dice or random.Random()
         self._running = False
 
-    def look(self, asked: ListRequest, answer: ListResult, catalog_version: str) -> None:
-        """Perhaps write this answer's list again. Without a seed a drawn list is another one every time, and a list
-        asked for without speculation has nothing to be compared with. After a swap its catalog may be gone: skipped."""
+    def look(self, asked: Asked, answer: ListResult, catalog_version: str) -> None:
+        """Perhaps decode this answer again. Without a seed a drawn list is another one every time, relaxed beams are
+        lossy and say so, and what was asked for without speculation has nothing to be compared with. After a swap its
+        catalog may be gone: skipped."""
         if self._dice.random() * 100 >= self.percent or not asked.speculation:
             return
-        if asked.temperature and asked.seed is None:
+        if isinstance(asked, BeamRequest):
+            if asked.verification == "relaxed":
+                return
+        elif asked.temperature and asked.seed is None:
             return
         if self._running or self.engine.status().waiting:
             self._lists.labels("skipped").inc()

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from model.bundle import BundleError, load_bundle, main, save_manifest, verify
 from model.catalog import Catalog
+from model.decoding.beam_request import BeamRequest
+from model.decoding.beam_twin import BeamTwin
 from model.decoding.offline import decode_all
 from model.semantic_id import Vocabulary
 
@@ -55,6 +58,22 @@ def test_a_bundle_loads_and_decodes_the_lists_asked_for(bundle: Path) -> None:
         codes = [item.codes for item in results[request.request_id].items]
         assert len(set(codes)) == request.k == len(codes)
         assert set(codes) <= valid - set(request.history)
+
+
+def test_a_bundle_warms_up_and_serves_lists_and_beams(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    both = loaded.strategies(num_rows=2, max_k=10)
+    loaded.warm_up(both)
+    both.rows.check_integrity()
+    assert both.rows.num_free == 2
+    asked = loaded.golden_requests(1)[0]
+    found = both.admit([BeamRequest("beam", asked.history, 7), replace(asked, request_id="list", k=3)])
+    while both.rows.in_use:
+        found += both.round()[0]
+    items = {result.request_id: [item.codes for item in result.items] for result in found}
+    twin = BeamTwin(loaded.target, [item.codes for item in loaded.catalog.items], loaded.info.max_history_items)
+    assert items["beam"] == [item.codes for item in twin.decode(BeamRequest("twin", asked.history, 7)).items]
+    assert len(items["list"]) == 3
 
 
 def test_golden_requests_ask_with_popular_items_and_are_always_the_same(bundle: Path) -> None:

@@ -1,6 +1,6 @@
 import torch
 
-from model.kv_cache import KVCache, Sight, Write, attention_mask
+from model.kv_cache import KVCache, Sight, TreeSight, Write, attention_mask
 
 
 def test_accepted_tokens_move_into_place_and_others_are_dead() -> None:
@@ -65,3 +65,12 @@ def test_without_own_a_token_sees_those_before_it_and_itself() -> None:
             visible = (mask[row, 0, token] == 0).nonzero().flatten().tolist()
             assert visible == list(range(int(positions[row, token]) + 1))
     assert Sight(None, None, 6).mask(at) is None
+
+
+def test_a_tree_is_seen_along_paths_and_a_prompt_up_to_each_token() -> None:
+    committed = torch.tensor([[1, 2, 2, 2], [1, 0, 1, 1]])
+    paths = torch.tensor([[[-1, -1], [-1, -1], [0, -1], [0, 2]], [[-1, -1], [-1, -1], [3, -1], [-1, -1]]])
+    sight = TreeSight(committed, paths, 5)
+    visible = sight.mask(Write(torch.arange(2)[:, None], torch.zeros(2, 4)))[:, 0] == 0
+    assert visible[0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 1]]
+    assert visible[1].int().tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 1], [1, 0, 0, 0, 0]]

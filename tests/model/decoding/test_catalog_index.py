@@ -2,20 +2,26 @@
 
 import json
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model.catalog import Catalog
+from model.decoding.beam_decoder import BeamDecoder
+from model.decoding.beam_plan import DRAFT_FREE
+from model.decoding.beam_request import BeamRequest
+from model.decoding.beam_tree import BeamTables, BeamTree
+from model.decoding.beam_twin import BeamTwin
 from model.decoding.catalog_index import CatalogIndex, CatalogRefused
 from model.decoding.filters import compile_stock
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import CategoryFilter, ListRequest, RangeFilter
+from model.decoding.strategies import Strategies
 from model.decoding.topology import Budget
 from model.item_trie import ItemTrie
-from model.semantic_id import Vocabulary
+from model.semantic_id import Codes, Vocabulary
 from tests.model.conftest import SIZES, Tiny, random_catalog, tiny
 
 __all__ = ["tiny"]
@@ -95,6 +101,31 @@ def test_what_is_out_of_stock_is_in_no_list_and_the_rest_is_the_twins(tiny: Tiny
     made.rows.filters.set_stock(None)
     assert lists(made, plain, filtered) == before
     made.rows.check_integrity()
+
+
+def test_beams_over_a_mapped_index_know_its_catalog_and_its_stock(tiny: Tiny, tmp_path: Path) -> None:
+    index = index_of(tiny.catalog, tmp_path)
+    built = BeamTables.of(index.trie)
+    for field in fields(BeamTables):
+        assert list(getattr(index.beams, field.name)) == list(getattr(built, field.name)), field.name
+    limits = {"num_rows": 3, "max_history_items": 6, "max_k": 8}
+    tree = BeamTree(index.trie, index.beams)
+    beams = BeamDecoder(tiny.target, index.trie, index.attributes, plan=DRAFT_FREE, tree=tree, **limits)
+    made = Strategies(decoder(tiny, index), beams)
+    request, twin = BeamRequest("b", tuple(tiny.codes[:3]), 6), BeamTwin(tiny.target, tiny.codes, 6)
+
+    def found() -> list[Codes]:
+        results = made.admit([request])
+        while made.rows.in_use:
+            results += made.round()[0]
+        return [item.codes for item in results[0].items]
+
+    before = found()
+    assert before == [item.codes for item in twin.decode(request).items]
+    out = before[::2]
+    made.set_stock(compile_stock(index.trie, index.trie.leaves(np.array(out))))
+    assert found() == [item.codes for item in twin.decode(replace(request, exclude=tuple(out))).items]
+    assert not set(lists(made.lists, ListRequest("l", request.history, 8))["l"]) & set(out)
 
 
 def test_a_row_keeps_the_stock_it_began_with(tiny: Tiny, tmp_path: Path) -> None:

@@ -89,6 +89,26 @@ async def test_the_worker_is_told_how_to_sample_and_of_greedy_requests_nothing_n
     assert sampling == [{"temperature": 0.7, "top_p": 0.9, "seed": 2**53 - 1}, {"temperature": 2.0}, {}, {}]
 
 
+async def test_a_worker_is_told_the_strategy_and_of_verification_only_when_it_is_relaxed(
+    standing: ValkeyProcess,
+) -> None:
+    worker = TinyWorker()
+    async with api(api_settings(standing.url), Workers(w1=worker)) as client:
+        await ask(client, strategy="beam", seed=4)
+        await ask(client, strategy="beam", verification="relaxed", seed=4)
+        await ask(client, strategy="beam", verification="relaxed", temperature=0)
+    told = [{n: s[n] for n in ("strategy", "verification", "seed") if n in s} for s in worker.seen]
+    relaxed = {"strategy": "beam", "verification": "relaxed"}
+    assert told == [{"strategy": "beam"}, {**relaxed, "seed": 4}, relaxed]
+
+
+async def test_how_beams_were_verified_reaches_the_caller(standing: ValkeyProcess) -> None:
+    model = {"name": "tiny", "version": "1", "catalog_version": VERSION, "strategy": "beam", "verification": "relaxed"}
+    worker = TinyWorker(spoil={"model": model})
+    async with api(api_settings(standing.url), Workers(w1=worker)) as client:
+        assert (await ask(client, strategy="beam", verification="relaxed"))["model"] == model
+
+
 async def test_attributes_and_semantic_ids_come_when_included(standing: ValkeyProcess) -> None:
     async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
         answer = await ask(client, k=1, include=["attributes", "semantic_id"])

@@ -58,7 +58,12 @@ BAD_INPUT: dict[str, tuple[bytes, int, str | None]] = {
     "k as text": (body(k="10"), 422, "/k"),
     "k as a fraction": (body(k=10.5), 422, "/k"),
     "k as a boolean": (body(k=True), 422, "/k"),
-    "an unknown strategy": (body(strategy="beam"), 422, "/strategy"),
+    "an unknown strategy": (body(strategy="tree"), 422, "/strategy"),
+    "a beam of 201": (body(strategy="beam", k=201), 422, "/k"),
+    "a temperature for beams": (body(strategy="beam", temperature=0.5), 422, "/temperature"),
+    "a top_p for beams": (body(strategy="beam", top_p=0.5), 422, "/top_p"),
+    "an unknown verification": (body(strategy="beam", verification="sloppy"), 422, "/verification"),
+    "a relaxed list": (body(verification="relaxed"), 422, "/verification"),
     "an unknown field": (body(colour="red"), 422, "/colour"),
     "an unknown filter": (body(filters={"colour": {"any": ["red"]}}), 422, "/filters/colour"),
     "an empty filter": (body(filters={"year": {}}), 422, "/filters/year"),
@@ -199,7 +204,7 @@ async def test_openapi_describes_both_bodies_and_every_refusal(standing: ValkeyP
     post = document["paths"]["/v1/recommend"]["post"]
     content = post["requestBody"]["content"]["application/json"]
     assert content["schema"] == {"$ref": "#/components/schemas/RecommendRequest"}
-    assert len(content["examples"]) == 4
+    assert len(content["examples"]) == 5
     assert {"200", "400", "408", "413", "415", "422", "503", "504"} <= set(post["responses"])
     schemas = document["components"]["schemas"]
     assert {"RecommendRequest", "RecommendResponse", "Problem", "Filter", "RecommendedItem"} <= set(schemas)

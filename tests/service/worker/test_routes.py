@@ -12,8 +12,13 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
+from model.decoding.beam_decoder import BeamDecoder
+from model.decoding.beam_plan import ATSPEED
+from model.decoding.beam_request import BeamRequest
+from model.decoding.beam_twin import BeamTwin
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import ListRequest, ListResult, RoundStats
+from model.decoding.strategies import Strategies
 from model.decoding.topology import Budget
 from service.metrics import WorkerMetrics, new_registry
 from service.probes import Drain
@@ -50,18 +55,14 @@ class Worker:
     def __init__(self, tiny: Tiny, kind: type[ListDecoder], max_waiting: int, num_rows: int, **flags: Any):
         self.tiny, self.drain, registry = tiny, Drain(), new_registry()
         metrics = WorkerMetrics(registry)
-        decoder = kind(
-            tiny.target,
-            tiny.draft(),
-            tiny.trie,
-            tiny.catalog,
-            num_rows=num_rows,
-            max_history_items=6,
-            max_k=20,
-            budget=lambda rows: Budget(3),
-        )
+        draft, limits = tiny.draft(), {"num_rows": num_rows, "max_history_items": 6, "max_k": 20}
+        lists = kind(tiny.target, draft, tiny.trie, tiny.catalog, budget=lambda rows: Budget(3), **limits)
+        beams = BeamDecoder(tiny.target, tiny.trie, tiny.catalog, plan=ATSPEED, draft=draft, draft_width=8, **limits)
         self.engine = Engine(
-            decoder, max_waiting=max_waiting, observe=publisher(metrics, "m1"), version=tiny.catalog.version
+            Strategies(lists, beams),
+            max_waiting=max_waiting,
+            observe=publisher(metrics, "m1"),
+            version=tiny.catalog.version,
         )
         self.served = Served("tiny", "m1", max_k=20, max_history_items=6)
         settings = load_settings({"num_rows": num_rows, "max_waiting": max_waiting} | flags)
@@ -128,6 +129,63 @@ async def test_writes_the_list_the_target_alone_would_write(tiny: Tiny) -> None:
     assert 0 < times["prefill"] + times["decode"] <= times["total"] + 1e-3
 
 
+async def test_beam_search_gives_what_the_targets_own_gives_and_says_how_it_was_verified(tiny: Tiny) -> None:
+    excluded, filters = tiny.codes[5], {"genre": {"any": ["a"]}}
+    async with running(tiny) as worker:
+        plain = await worker.generate(strategy="beam")
+        narrow = await worker.generate(strategy="beam", exclude=[list(excluded)], filters=filters, k=20)
+    twin = BeamTwin(tiny.target, tiny.codes, 6)
+    asked = BeamRequest("twin", tuple(tiny.codes[:4]), 5)
+    expected = twin.decode(asked)
+    assert [tuple(item["codes"]) for item in plain.json()["items"]] == [item.codes for item in expected.items]
+    assert plain.json()["model"]["strategy"] == "beam"
+    assert plain.json()["model"]["verification"] == "strict"
+    allowed = {i.codes for i in tiny.catalog.items if i.attributes["genre"] == ["a"]}
+    expected = twin.decode(BeamRequest("twin", tuple(tiny.codes[:4]), 20, (excluded,)), allowed)
+    assert [tuple(item["codes"]) for item in narrow.json()["items"]] == [item.codes for item in expected.items]
+
+
+async def test_a_relaxed_answer_says_so_in_the_answer_and_in_the_metrics(tiny: Tiny) -> None:
+    async with running(tiny) as worker:
+        relaxed = [
+            (await worker.generate(strategy="beam", verification="relaxed", seed=seed, request_id=f"r{seed}")).json()
+            for seed in (1, 1, 2, 3)
+        ]
+        strict = (await worker.generate(strategy="beam")).json()
+        text = (await worker.client.get("/metrics")).text
+    assert [answer["model"]["verification"] for answer in relaxed] == ["relaxed"] * 4
+    assert relaxed[0]["items"] == relaxed[1]["items"]
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    passes = {s: float(values['padrec_target_passes_total{strategy="' + s + '"}']) for s in ("beam", "beam-relaxed")}
+    assert passes["beam-relaxed"] == sum(answer["speculation"]["rounds"] for answer in relaxed)
+    assert passes["beam"] == strict["speculation"]["rounds"]
+    saved = 'padrec_target_passes_saved_total{strategy="beam"}'
+    counts = strict["speculation"]
+    assert float(values[saved]) == counts["accepted_tokens"] + counts["forced_tokens"]
+    assert counts["rounds"] + counts["accepted_tokens"] + counts["forced_tokens"] == tiny.trie.num_levels - 1
+
+
+async def test_lists_and_beams_share_rows_and_rounds_and_leave_each_other_alone(tiny: Tiny) -> None:
+    async with running(tiny, num_rows=3) as worker:
+        strategies = ["list", "beam"] * 8
+        replies = await asyncio.gather(
+            *(
+                worker.generate(request_id=f"r{i}", strategy=strategy, k=1 + i % 7)
+                for i, strategy in enumerate(strategies)
+            )
+        )
+        await worker.idle()
+        assert worker.engine.decoder.rows.num_free == 3
+        worker.engine.decoder.rows.check_integrity()
+    twin = BeamTwin(tiny.target, tiny.codes, 6)
+    for i, (strategy, reply) in enumerate(zip(strategies, replies, strict=True)):
+        history, k = tuple(tiny.codes[:4]), 1 + i % 7
+        right = tiny.twin(ListRequest("t", history, k))
+        if strategy == "beam":
+            right = twin.decode(BeamRequest("t", history, k))
+        assert [tuple(codes) for codes in codes_in(reply)] == [item.codes for item in right.items]
+
+
 async def test_filters_and_exclusions_reach_the_decoder(tiny: Tiny) -> None:
     excluded = tiny.codes[5]
     async with running(tiny) as worker:
@@ -176,7 +234,11 @@ async def test_without_a_seed_every_list_is_another(tiny: Tiny) -> None:
         ({"history": [[0, 0]]}, "/history"),
         ({"filters": {"colour": {"any": ["red"]}}}, "/filters"),
         ({"filters": {"genre": {"min": 3}}}, "/filters/genre"),
-        ({"strategy": "beam"}, "/strategy"),
+        ({"strategy": "tree"}, "/strategy"),
+        ({"strategy": "beam", "k": 21}, "/k"),
+        ({"strategy": "beam", "history": [[0, 0]]}, "/history"),
+        ({"strategy": "beam", "filters": {"genre": {"min": 3}}}, "/filters/genre"),
+        ({"verification": "sloppy"}, "/verification"),
         ({"temperature": -1}, "/temperature"),
         ({"temperature": 2.5}, "/temperature"),
         ({"temperature": None}, "/temperature"),

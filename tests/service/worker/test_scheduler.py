@@ -3,6 +3,7 @@ from typing import Any, cast
 
 import pytest
 
+from model.decoding.beam_request import BeamRequest
 from model.decoding.request import ListRequest
 from service.worker.scheduler import Pace, Scheduler, Ticket
 
@@ -59,7 +60,7 @@ def test_forgetting_what_is_not_there_is_nothing() -> None:
 def test_a_newcomer_waits_for_the_work_before_him_and_not_where_a_row_is_free() -> None:
     pace = Pace()
     pace.prompts(2, 0.2)
-    pace.round(2, 10, 5.0)  # half a second an item, a tenth a prompt
+    pace.round(False, 2, 10, 5.0)  # half a second an item, a tenth a prompt
     line = scheduler(ticket("a"), ticket("b"))
     assert line.wait_seconds(3, pace) == 0.0
     assert line.wait_seconds(2, pace) == pytest.approx(2 * 0.6)
@@ -67,17 +68,26 @@ def test_a_newcomer_waits_for_the_work_before_him_and_not_where_a_row_is_free() 
     assert line.wait_seconds(2, pace) == pytest.approx(0.6)
     line.waiting.append(ticket("c"))
     assert line.wait_seconds(2, pace) == pytest.approx(1.2)
-    assert pace.stay(4, 2) == pytest.approx(0.1 + 4 * 0.5 * 2)
+    assert pace.stay(ListRequest("d", ((0,),), 4), 2) == pytest.approx(0.1 + 4 * 0.5 * 2)
+
+
+def test_lists_and_beams_are_paced_apart() -> None:
+    pace = Pace()
+    pace.round(False, 1, 10, 5.0)
+    assert pace.stay(BeamRequest("b", ((0,),), 10), 1) == 0.0
+    pace.round(True, 1, 10, 0.1)
+    assert pace.stay(BeamRequest("b", ((0,),), 10), 1) == pytest.approx(0.1)
+    assert pace.stay(ListRequest("l", ((0,),), 10), 1) == pytest.approx(5.0)
 
 
 def test_pace_is_learned_by_load_and_borrowed_where_nothing_was_seen() -> None:
     pace = Pace()
-    assert pace.item_seconds(8) == 0.0
+    assert pace.item_seconds(False, 8) == 0.0
     for _ in range(100):
-        pace.round(1, 1, 1.0)
-        pace.round(8, 8, 2.0)
-    assert pace.item_seconds(1) == pace.item_seconds(4) == pytest.approx(1.0)
-    assert pace.item_seconds(8) == pace.item_seconds(32) == pytest.approx(0.25)
+        pace.round(False, 1, 1, 1.0)
+        pace.round(False, 8, 8, 2.0)
+    assert pace.item_seconds(False, 1) == pace.item_seconds(False, 4) == pytest.approx(1.0)
+    assert pace.item_seconds(False, 8) == pace.item_seconds(False, 32) == pytest.approx(0.25)
     for _ in range(1000):
-        pace.round(8, 8, 4.0)
-    assert pace.item_seconds(8) == pytest.approx(0.5, rel=0.01)
+        pace.round(False, 8, 8, 4.0)
+    assert pace.item_seconds(False, 8) == pytest.approx(0.5, rel=0.01)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from model.decoding.beam_request import BeamRequest
 from model.decoding.request import ListRequest, ListResult, SpeculationStats
+from model.decoding.strategies import Asked
 from service.metrics import WorkerMetrics
 from service.worker.engine import Engine, EngineDraining, EngineFailed, EngineStatus
 from service.worker.shadow import Shadow
@@ -25,9 +27,9 @@ class Line:
 
     def __init__(self, waiting: int = 0, refuse: bool = False) -> None:
         self.waiting, self.refuse = waiting, refuse
-        self.held: list[tuple[ListRequest, Future[ListResult]]] = []
+        self.held: list[tuple[Asked, Future[ListResult]]] = []
 
-    def submit(self, request: ListRequest, catalog_version: str) -> Future[ListResult]:
+    def submit(self, request: Asked, catalog_version: str) -> Future[ListResult]:
         if self.refuse:
             raise EngineDraining("going")
         self.held.append((request, Future()))
@@ -72,6 +74,16 @@ def test_a_list_is_the_same_without_speculation_and_counted_so(tiny: Tiny) -> No
         engine.stop()
 
 
+def test_exact_beams_are_searched_again_too() -> None:
+    line = Line()
+    looking, registry = shadow(line)
+    looking.look(BeamRequest("b", ((0, 0, 0, 0),), 3), ANSWER, "v")
+    ((again, future),) = line.held
+    assert isinstance(again, BeamRequest) and not again.speculation
+    future.set_result(ANSWER)
+    assert counts(registry) == {"same": 1}
+
+
 def test_the_second_writing_has_a_name_and_a_time_of_its_own_and_no_speculation() -> None:
     line = Line()
     shadow(line)[0].look(ASKED, ANSWER, "v")
@@ -82,9 +94,15 @@ def test_the_second_writing_has_a_name_and_a_time_of_its_own_and_no_speculation(
 
 
 @pytest.mark.parametrize(
-    "asked", [replace(ASKED, speculation=False), replace(ASKED, temperature=1.0)], ids=["plain", "drawn without a seed"]
+    "asked",
+    [
+        replace(ASKED, speculation=False),
+        replace(ASKED, temperature=1.0),
+        BeamRequest("b", ((0, 0, 0, 0),), 3, verification="relaxed"),
+    ],
+    ids=["plain", "drawn without a seed", "relaxed beams"],
 )
-def test_what_cannot_be_compared_is_not_written_again(asked: ListRequest) -> None:
+def test_what_cannot_be_compared_is_not_written_again(asked: Asked) -> None:
     line = Line()
     looking, registry = shadow(line)
     looking.look(asked, ANSWER, "v")

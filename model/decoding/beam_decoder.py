@@ -1,0 +1,457 @@
+"""BeamDecoder: the K most likely next items of many requests at once, pass by pass, over fixed rows.
+
+A pass reads new nodes of each row's trie under a tree mask: the beams, and what the row's plan lets ride along. Then
+every row walks: as long as the hidden states of all its beams are known, the target's own K best continuations become
+the beams of the next level. So a level is accepted exactly when all K were there (AtSpeed's strict verification), and
+what was there in part is not computed again. Beams with one item left below them are settled: forced codes have
+log-probability 0 and need no pass. Strict rows return what `beam_twin.BeamTwin` returns, whatever rides along.
+Knows nothing of queues, deadlines or sockets.
+
+Shapes: B rows of a pass, P prompt tokens at most, n new nodes a row, W beams, C children, d hidden size.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from model.catalog import Catalog
+from model.decoding.beam_choice import Beams, ascending, best, joint_scores
+from model.decoding.beam_draft import DraftedLevel, HeadDraft, LevelHeads, Lot, ModelDraft, Search
+from model.decoding.beam_plan import Ahead, Plan, Question, Seen
+from model.decoding.beam_relaxed import generator, keep
+from model.decoding.beam_request import MAX_BEAMS, BeamRequest, BeamResult, BeamStats
+from model.decoding.beam_rows import BeamRow, BeamRows, Known
+from model.decoding.beam_tree import BeamTree
+from model.decoding.filters import Attributes, FilterTable, Stock
+from model.decoding.request import InvalidRequest
+from model.decoding.sampling import MAX_SEED
+from model.draft.draft import Draft
+from model.item_trie import Children, ItemTrie
+from model.kv_cache import Sight, TreeSight, Write
+from model.target import Target
+
+Tensor = torch.Tensor
+
+
+class BeamDecoder:
+    """Rows of beam requests being decoded. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self,
+        target: Target,
+        trie: ItemTrie,
+        catalog: Catalog | Attributes,
+        *,
+        num_rows: int,
+        max_history_items: int,
+        max_k: int,
+        plan: Plan,
+        draft: Draft | Target | None = None,
+        draft_width: int = 40,
+        max_nodes: int = 256,
+        tree: BeamTree | None = None,
+    ) -> None:
+        """`plan` decides what rides along; `draft` is a PAD-Rec draft or a small language model of the target's
+        vocabulary, which searches `draft_width` beams, or `k` if that is more. `max_nodes`: what may ride along during
+        a whole request. `tree`: what beams know of the trie, where it has been made already."""
+        self.target, self.trie, self.plan = target, trie, plan
+        self.max_k, self.max_nodes, self.draft_width = min(max_k, MAX_BEAMS), max_nodes, draft_width
+        vocabulary, self.tree = target.vocabulary, tree or BeamTree(trie)
+        prompt = len(vocabulary.prompt(())) + max_history_items * vocabulary.tokens_per_item
+        room = (trie.num_levels - 1) * self.max_k + max_nodes
+        target.reserve_positions(prompt + room)
+        self.cache = target.new_cache(num_rows, prompt + room)
+        self.heads = LevelHeads(target)
+        self.draft: HeadDraft | ModelDraft | None = None
+        widest = max(draft_width, self.max_k)
+        if isinstance(draft, Draft):
+            self.draft = HeadDraft(draft, target, self.tree, num_rows, prompt, widest)
+        elif draft is not None:
+            self.draft = ModelDraft(draft, self.tree, num_rows, prompt, widest)
+        self._draft_seconds = 0.0
+        filters = FilterTable(catalog, trie, num_rows)
+        self.rows = BeamRows(num_rows, self.tree, filters, max_history_items, room, target.hidden_size, self.max_k)
+
+    def validate(self, request: BeamRequest) -> None:
+        """Raises InvalidRequest for content this decoder cannot decode."""
+        if not 1 <= request.k <= self.max_k:
+            raise InvalidRequest("/k", f"must lie between 1 and {self.max_k} for beam search")
+        if not request.history:
+            raise InvalidRequest("/history", "needs at least one item")
+        for name, items in (("history", request.history), ("exclude", request.exclude)):
+            if any(self.trie.leaf(codes) is None for codes in items):
+                raise InvalidRequest(f"/{name}", "names an item that is not in this catalog version")
+        if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
+            raise InvalidRequest("/seed", f"must lie between 0 and {MAX_SEED}")
+        self.rows.filters.check(request.filters)
+
+    def set_stock(self, stock: Stock | None) -> None:
+        """What requests that get a row from now on may be given; None: everything."""
+        self.rows.filters.set_stock(stock)
+
+    def cancel(self, request_id: str) -> bool:
+        """Free the row of a request; whether there was one."""
+        for index in self.rows.in_use:
+            if self.rows.row(index).request.request_id == request_id:
+                self.rows.free(index)
+                return True
+        return False
+
+    # ---- prompts ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def admit(self, requests: Sequence[BeamRequest]) -> list[BeamResult]:
+        """Give each (validated) request a row and read its prompt. Returns the answers that are complete already."""
+        assert len(requests) <= self.rows.num_free, f"{len(requests)} requests for {self.rows.num_free} free rows"
+        started = time.perf_counter()
+        placed = [self.rows.place(request) for request in requests]
+        finished = [self.rows.finish(i) for i in placed if not self.rows.row(i).wanted]
+        indices = [i for i in placed if self.rows.held[i] is not None]
+        if indices:
+            self._prefill(indices)
+        for index in indices:
+            self.rows.row(index).prefill_seconds = time.perf_counter() - started
+            if self._done(index):
+                finished.append(self.rows.finish(index))
+        return finished
+
+    def _prefill(self, indices: list[int]) -> None:
+        """Read the prompts of newly placed rows in one pass, with what rides along, and walk."""
+        held = [self.rows.row(i) for i in indices]
+        vocabulary, device = self.target.vocabulary, self.target.device
+        prompts = [vocabulary.prompt(row.request.history[-row.history_used :]) for row in held]
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+        length = torch.tensor([len(p) for p in prompts], device=device)
+        rows = torch.tensor(indices, device=device)
+        self.rows.prompt[rows] = length
+        for row, prompt in zip(held, prompts, strict=True):
+            row.prompt, row.whole = len(prompt), len(self.tree.first_codes)
+        ways = [self._ahead(row, len(indices), True) for row in held]
+        nodes = torch.empty(len(indices), 0, dtype=torch.int64, device=device)
+        if Ahead.WHOLE in ways:
+            wanted = torch.tensor([way is Ahead.WHOLE for way in ways], device=device)
+            nodes = torch.where(wanted[:, None], self.tree.first_codes, self.tree.nowhere)
+        asked = [place for place, way in enumerate(ways) if way is Ahead.DRAFT]
+        if asked:
+            root = torch.zeros(len(asked), 1, dtype=torch.int64, device=device)
+            start = Beams(root, torch.zeros(root.shape, device=device))
+            self._search([indices[place] for place in asked], tokens[asked], length[asked], start, 0, ())
+            nodes = torch.cat([nodes, self._guessed(held)], dim=1)
+        features = self._read(indices, rows, nodes, (tokens, length))
+        self._walk(indices, rows)
+        for place in asked:
+            self.plan.observe(Seen(held[place].wanted, held[place].draft_tokens, self._done(indices[place])))
+        if self.draft is not None and not self.draft.rides_with_prompt:
+            asked = [p for p, row in enumerate(held) if self._ahead(row, len(indices), True) is Ahead.DRAFT]
+            if asked:
+                picked = rows[asked]
+                width = max(held[place].beams for place in asked)
+                found, scores = self.rows.beam[picked, :width], self.rows.score[picked, :width]
+                start = Beams(found, scores.masked_fill(found == self.tree.nowhere, float("-inf")))
+                of = tuple(feature[asked] for feature in features)
+                self._search([indices[place] for place in asked], tokens[asked], length[asked], start, 1, of)
+
+    def _search(
+        self, indices: list[int], tokens: Tensor, length: Tensor, start: Beams, level: int, features: tuple[Tensor, ...]
+    ) -> None:
+        """Let the draft search from `start`; what it proposes waits in the rows for their next pass."""
+        assert self.draft is not None
+        started, held = time.perf_counter(), [self.rows.row(i) for i in indices]
+        lots = [
+            Lot(row.seed, row.request.replacement) if row.request.verification == "relaxed" else None for row in held
+        ]
+        may = self.rows.may(torch.tensor(indices, device=tokens.device))
+        # Fewer beams than the target keeps could never hold all of them.
+        widths = [max(self.draft_width, row.wanted) for row in held]
+        search = Search(tokens, length, may, start, level, widths, lots)
+        drafted = self.draft.search(search, self._draft_to - level, features)
+        proposed = [part.drawn for part in drafted]
+        if self.plan.below:
+            proposed.append(self.tree.decisions_below(drafted[-1].drawn))
+        for place, row in enumerate(held):
+            row.guessed = torch.cat([part[place] for part in proposed])
+            if lots[place] is not None:
+                row.drafted = {
+                    level + step: DraftedLevel(*(tensor[place] for tensor in part)) for step, part in enumerate(drafted)
+                }
+        self._draft_seconds += time.perf_counter() - started
+
+    # ---- passes -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def round(self) -> tuple[list[BeamResult], BeamStats]:
+        """Advance every row in use by one pass. Returns the answers it completed, and what it did."""
+        started = time.perf_counter()
+        indices = self.rows.in_use
+        rows = torch.tensor(indices, device=self.target.device)
+        held = [self.rows.row(i) for i in indices]
+        before = [(row.accepted, row.forced, row.draft_tokens, row.used) for row in held]
+        guessed = [row.guessed is not None for row in held]
+        self._read(indices, rows, self._wanted(indices, rows, held))
+        self._walk(indices, rows)
+        seconds = time.perf_counter() - started
+        for index, row, was in zip(indices, held, guessed, strict=True):
+            row.rounds += 1
+            row.decode_seconds += seconds
+            if was:
+                self.plan.observe(Seen(row.wanted, row.draft_tokens, self._done(index)))
+        told = [(row.accepted, row.forced, row.draft_tokens, row.used) for row in held]
+        accepted, forced, drafted, passed = (
+            sum(b - a for a, b in zip(*column, strict=True))
+            for column in zip(zip(*before, strict=True), zip(*told, strict=True), strict=True)
+        )
+        lossy = sum(row.lossy for row in held)
+        stats = BeamStats(
+            rows=len(indices),
+            draft_seconds=self._draft_seconds,
+            verify_seconds=seconds,
+            target_tokens=passed,
+            draft_tokens=drafted,
+            accepted_levels=accepted,
+            forced_levels=forced,
+            lossy_rows=lossy,
+        )
+        self._draft_seconds = 0.0
+        return [self.rows.finish(i) for i in indices if self._done(i)], stats
+
+    def _ahead(self, row: BeamRow, rows: int, fresh: bool = False) -> Ahead:
+        """What rides along with a row; a draft can be asked while the row is `fresh`."""
+        if row.level == self.trie.num_levels or not row.request.speculation:
+            return Ahead.NOTHING
+        if row.guessed is not None:
+            return Ahead.DRAFT
+        whole = row.whole if row.whole <= self._limit(row) else None
+        can = fresh and self.draft is not None and row.level == (0 if self.draft.rides_with_prompt else 1)
+        can = can and row.level < self._draft_to
+        return self.plan.ahead(Question(rows, row.level, row.wanted, row.alone, whole, can))
+
+    @property
+    def _draft_to(self) -> int:
+        """Leaves need no hidden state: at the last level there is nothing to guess."""
+        return min(self.plan.draft_to, self.trie.num_levels - 1)
+
+    def _limit(self, row: BeamRow) -> int:
+        """Nodes a row may pass over now, so that there is room left for its beams alone at every level to come."""
+        return self.rows.room - row.used - row.wanted * max(0, self.trie.num_levels - 2 - row.level)
+
+    def _wanted(self, indices: list[int], rows: Tensor, held: list[BeamRow]) -> Tensor:
+        """Nodes [B, n] of the next pass: every row's beams, and what rides along. May name a node twice."""
+        beams = self.rows.beam[rows, : max(row.beams for row in held)]
+        ways = [self._ahead(row, len(indices)) for row in held]
+        parts = [beams]
+        if self.tree.has_chains:  # through single children to the next decision: it rides for free
+            chain = beams
+            for _ in range(self.trie.num_levels - 2):
+                chain = self.tree.only_child.take(chain)
+                parts.append(chain)
+        if Ahead.WHOLE in ways:
+            wanted = torch.tensor([way is Ahead.WHOLE for way in ways], device=rows.device)
+            parts.append(self.tree.decisions_below(beams.masked_fill(~wanted[:, None], self.tree.nowhere)))
+        if Ahead.DRAFT in ways:
+            parts.append(self._guessed(held))
+        return torch.cat(parts, dim=1)
+
+    def _guessed(self, held: list[BeamRow]) -> Tensor:
+        """What drafts proposed for the rows, [B, n]; they do so once."""
+        none = self.rows.beam.new_empty(0)
+        found = [none if row.guessed is None else row.guessed for row in held]
+        for row in held:
+            row.guessed = None
+        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=self.tree.nowhere)
+
+    def _read(
+        self, indices: list[int], rows: Tensor, nodes: Tensor, prompt: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """The target's pass over `nodes` [B, n] (what is known, settled or too much left out), with the prompts'
+        tokens [B, P] of length [B] before them. Returns the features [B, P, d] the draft asks for."""
+        held = [self.rows.row(i) for i in indices]
+        nodes, counts = self._fresh(indices, rows, nodes, held)
+        base, used = self.rows.prompt[rows], self.rows.used[rows]
+        order = torch.arange(nodes.shape[1], device=rows.device)
+        places, valid = used[:, None] + order, nodes != self.tree.nowhere
+        where = (rows[:, None] * self.rows.room + places)[valid]
+        self.rows.nodes.view(-1)[where] = nodes[valid]
+        self.rows.used[rows] = used + counts
+        for row, count in zip(held, counts.tolist(), strict=True):
+            row.used += count
+            row.draft_tokens += max(0, count - row.alone)
+        depth = self.trie.depth.take(nodes).long()
+        tokens, rotary, stored = self.tree.token.take(nodes), base[:, None] + depth - 1, base[:, None] + places
+        committed, paths = base[:, None].expand_as(nodes), self._paths(indices, rows, nodes, depth)
+        before = 0
+        if prompt is not None:
+            before = prompt[0].shape[1]
+            along = torch.arange(before, device=rows.device).expand(len(rows), -1)
+            none = paths.new_full((len(rows), before, paths.shape[2]), -1)
+            tokens, rotary = torch.cat([prompt[0], tokens], 1), torch.cat([along, rotary], 1)
+            stored, committed = torch.cat([along, stored], 1), torch.cat([along + 1, committed], 1)
+            paths, valid = torch.cat([none, paths], 1), torch.cat([along < prompt[1][:, None], valid], 1)
+        layers = self.draft.feature_layers if prompt is not None and self.draft is not None else ()
+        if prompt is not None and not nodes.shape[1]:
+            # Nothing rides: an ordinary prompt, which attention knows without a mask.
+            at = Write(rows[:, None], stored, indices[0], 0 if len(indices) == 1 else None)
+            at = at if len(indices) == 1 or valid.is_cuda else at.without(~valid)
+            output = self.target(tokens, rotary, self.cache, at, Sight(None, None, before), layers)
+            hidden, features = output.hidden, output.features
+        else:
+            reach = int((base + self.rows.used[rows]).max())
+            told = (tokens, rotary, stored, committed, paths, valid)
+            hidden, features = self._pass(indices, rows, told, reach, layers)
+        if prompt is not None:
+            last = (prompt[1] - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
+            self.rows.last[rows] = hidden.gather(1, last)[:, 0].float()
+        self.rows.hidden.flatten(0, 1)[where] = hidden[:, before:][valid[:, before:]].float()
+        return tuple(feature[:, :before] for feature in features)
+
+    def _pass(
+        self, indices: list[int], rows: Tensor, told: tuple[Tensor, ...], reach: int, layers: tuple[int, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The target's pass over the `rows` alone. Where torch runs the layers it reads rows 0..highest of the cache:
+        the rows between are padding then."""
+        if self.target.native is None:
+            highest = max(indices) + 1
+            spread = [tensor.new_zeros(highest, *tensor.shape[1:]) for tensor in told]
+            for whole, tensor in zip(spread, told, strict=True):
+                whole[rows] = tensor
+            told, rows = tuple(spread), torch.arange(highest, device=rows.device)
+        tokens, rotary, stored, committed, paths, valid = told
+        at = Write(rows[:, None], stored)
+        if not bool(valid.all()):
+            at = at.without(~valid)
+        output = self.target(tokens, rotary, self.cache, at, TreeSight(committed, paths, reach), layers)
+        if self.target.native is None:
+            picked = torch.tensor(indices, device=rows.device)
+            return output.hidden[picked], tuple(feature[picked] for feature in output.features)
+        return output.hidden, output.features
+
+    def _fresh(self, indices: list[int], rows: Tensor, nodes: Tensor, held: list[BeamRow]) -> tuple[Tensor, Tensor]:
+        """Of `nodes` those to pass over: each once, none known already, none settled, not more than there is room for.
+        Ascending, [B, n], and how many [B]. Nodes nearer to the root come first: a parent is never without room."""
+        if not nodes.shape[1]:
+            return nodes, torch.zeros_like(rows)
+        nodes = nodes.sort(dim=1).values
+        drop = self.tree.available(nodes, self.rows.may(rows)) <= 1
+        drop[:, 1:] |= nodes[:, 1:] == nodes[:, :-1]
+        drop |= self.rows.known(rows, indices).find(nodes)[1]
+        nodes = nodes.masked_fill(drop | (nodes == self.tree.nowhere), self.tree.nowhere).sort(dim=1).values
+        limit = torch.tensor([self._limit(row) for row in held], device=rows.device)[:, None]
+        nodes = nodes.masked_fill(torch.arange(nodes.shape[1], device=rows.device) >= limit, self.tree.nowhere)
+        counts = (nodes != self.tree.nowhere).sum(1)
+        return nodes[:, : int(counts.max())], counts
+
+    def _paths(self, indices: list[int], rows: Tensor, nodes: Tensor, depth: Tensor) -> Tensor:
+        """Where the ancestors of `nodes` [B, n] at `depth`, and they themselves, lie behind the prompt: [B, n, A] from
+        the first code on, padded with -1."""
+        deepest = int(depth.masked_fill(nodes == self.tree.nowhere, 0).max()) if nodes.shape[1] else 0
+        paths = nodes.new_full((*nodes.shape, deepest + 1), -1)
+        if deepest:
+            known, current = self.rows.known(rows, indices), nodes
+            for above in range(deepest):
+                places, found = known.find(current)
+                # What is not there (above the root, padding) lands in a column nobody reads.
+                column = (depth - 1 - above).masked_fill(~found, deepest)
+                paths.scatter_(2, column.unsqueeze(-1), places.unsqueeze(-1))
+                current = self.tree.parent.take(current)
+        return paths[..., :deepest].contiguous()
+
+    # ---- choices ----------------------------------------------------------------------------------------------
+
+    def _walk(self, indices: list[int], rows: Tensor) -> None:
+        """Move every row's beams down as far as hidden states are known."""
+        known, gained = self.rows.known(rows, indices), dict.fromkeys(indices, 0)
+        moving = set(indices)
+        for level in range(self.trie.num_levels):
+            here = [place for place, i in enumerate(indices) if i in moving and self.rows.row(i).level == level]
+            if not here:
+                continue
+            if len(here) == len(indices):
+                picked, of = rows, known
+            else:
+                picked = rows[here]
+                of = self.rows.known(picked, [indices[place] for place in here])
+            for index in self._step([indices[place] for place in here], picked, of, level, gained):
+                moving.discard(index)
+
+    def _step(self, indices: list[int], rows: Tensor, known: Known, level: int, gained: dict[int, int]) -> list[int]:
+        """One level: choose the next beams of `rows`. Returns the rows that need a pass to go on, or are done."""
+        held, tree = [self.rows.row(i) for i in indices], self.tree
+        may = self.rows.may(rows)
+        if level == 0:
+            nodes, scores = torch.zeros_like(rows)[:, None], torch.zeros(len(rows), 1, device=rows.device)
+            hidden = self.rows.last[rows].unsqueeze(1)
+        else:
+            width = max(row.beams for row in held)
+            nodes, scores = self.rows.beam[rows, :width], self.rows.score[rows, :width]
+            # A settled beam has one legal child, whatever is said of it.
+            hidden = self.rows.hidden_at(rows, known.find(nodes)[0])
+        children = self.trie.children(nodes, may, widest=tree.widest[level])
+        logits = self.heads(level, hidden, children, self.trie.code)
+        joint = joint_scores(logits, children, scores)
+        flat = children.nodes.flatten(1)
+        beams = best(joint.flatten(1), flat, [row.wanted for row in held], tree)
+        for place, row in enumerate(held):
+            if level in row.drafted:
+                row.lossy = True
+                beams = self._relax(place, row, level, nodes, children, joint, beams)
+        self.rows.move(rows, beams)
+        chosen = beams.nodes
+        settled = (tree.available(chosen, may) <= 1) | (chosen == tree.nowhere)
+        going = settled | known.find(chosen)[1]
+        # Statically forced to the end: no need to look at the levels between.
+        end = self.trie.run_end.take(chosen).long()
+        over = (end >= self.trie.first_leaf).all(1)
+        self.rows.beam[rows, : chosen.shape[1]] = torch.where(over[:, None], end, chosen)
+        whole = tree.below.take(chosen.masked_fill(settled, tree.nowhere)).sum(1)
+        facts = (over, going.all(1), settled.all(1), (~going).sum(1), whole, (chosen != tree.nowhere).sum(1))
+        stopped = []
+        told = torch.stack([fact.long() for fact in facts], dim=1).tolist()
+        for index, row, (done, goes_on, free, alone, below, count) in zip(indices, held, told, strict=True):
+            # The first level of a walk is what its pass was for; the rest it saved passes for.
+            if row.settled:
+                row.forced += 1
+            else:
+                row.accepted += gained[index]
+            gained[index] = 1
+            row.level, row.beams, row.settled = level + 1, count, bool(free)
+            row.alone, row.whole = alone, below
+            if done:
+                row.forced += self.trie.num_levels - row.level
+                row.level = self.trie.num_levels
+            if done or not goes_on:
+                row.drafted = {}  # what was drafted below was drafted from other beams
+                stopped.append(index)
+        return stopped
+
+    def _relax(
+        self, place: int, row: BeamRow, level: int, nodes: Tensor, children: Children, joint: Tensor, beams: Beams
+    ) -> Beams:
+        """The row at `place` keeps what relaxed verification keeps instead of its K best."""
+        parents, drafted, drawn = row.drafted[level]
+        legal = joint[place].isfinite().cpu()
+        mine = children.nodes[place].cpu()[legal]
+        p = joint[place].cpu()[legal]
+        at = torch.searchsorted(parents, nodes[place].contiguous()).clamp(max=len(parents) - 1)
+        there = (parents[at] == nodes[place]).unsqueeze(-1)
+        q = drafted[at].masked_fill(~there, float("-inf")).cpu()[legal]
+        if not bool(q.isfinite().any()):
+            return beams
+        found = torch.searchsorted(mine, drawn.cpu()).clamp(max=len(mine) - 1)
+        found = found[mine[found] == drawn.cpu()]
+        luck = generator(row.seed, level, verifying=True)
+        shares = (torch.softmax(p.double(), 0), torch.softmax(q.double(), 0))
+        kept = keep(*shares, found, row.wanted, row.request.replacement, luck)
+        own_nodes = torch.full_like(beams.nodes[place], self.tree.nowhere)
+        own_scores = torch.full_like(beams.scores[place], float("-inf"))
+        own_nodes[: len(kept)], own_scores[: len(kept)] = mine[kept].to(nodes.device), p[kept].to(nodes.device)
+        relaxed = ascending(own_nodes[None], own_scores[None], self.tree)
+        return Beams(
+            beams.nodes.index_copy(0, torch.tensor([place], device=nodes.device), relaxed.nodes),
+            beams.scores.index_copy(0, torch.tensor([place], device=nodes.device), relaxed.scores),
+        )
+
+    # ---- host -------------------------------------------------------------------------------------------------
+
+    def _done(self, index: int) -> bool:
+        return self.rows.row(index).level == self.trie.num_levels

@@ -1,0 +1,185 @@
+"""BeamRows: the state of the beam requests being decoded, as tensors with one row a request, and what the host knows.
+
+A row keeps every node it has ever passed over, with its hidden state: where node j of a row lies in the KV cache is
+where its prompt ends, plus j. So nothing is computed twice, a guess that came too early is a hit later, and nothing in
+the cache is ever moved. Knows nothing of passes.
+
+Shapes: R rows, T nodes a row, W the widest beam, E exclusions a row, d hidden size, n nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from model.decoding.beam_choice import Beams
+from model.decoding.beam_draft import DraftedLevel
+from model.decoding.beam_request import BeamRequest, BeamResult
+from model.decoding.beam_tree import BeamTree
+from model.decoding.filters import FilterTable
+from model.decoding.request import ScoredItem, SpeculationStats
+from model.decoding.sampling import fresh_seed
+from model.item_trie import Availability
+from model.semantic_id import Codes
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class BeamRow:
+    """What the host knows of one request. `level`: how many codes its beams have; `alone`, `whole`: nodes to pass over
+    next, without and with all sub-trees; `guessed` nodes a draft proposed for the next pass; `drafted` what it
+    searched, by level, kept only while verification is relaxed."""
+
+    request: BeamRequest
+    wanted: int
+    filter_slot: int
+    history_used: int
+    degraded: tuple[tuple[str, str], ...]
+    seed: int
+    prompt: int = 0
+    used: int = 0
+    level: int = 0
+    beams: int = 0
+    settled: bool = False
+    alone: int = 0
+    whole: int = 0
+    guessed: Tensor | None = None
+    drafted: dict[int, DraftedLevel] = field(default_factory=dict)
+    lossy: bool = False
+    rounds: int = 0
+    draft_tokens: int = 0
+    accepted: int = 0
+    forced: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+class Known:
+    """The nodes some rows have passed over, in the order of a search."""
+
+    def __init__(self, nodes: Tensor, nowhere: int) -> None:
+        """`nodes` [B, n] by where they lie, padded with `nowhere`."""
+        self.nowhere = nowhere
+        self._nodes, self._places = nodes.sort(dim=1)
+
+    def find(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `nodes` [B, M] lie, and whether they do. What pads is never found."""
+        count = self._nodes.shape[1]
+        if not count:
+            return torch.zeros_like(nodes), torch.zeros_like(nodes, dtype=torch.bool)
+        place = torch.searchsorted(self._nodes, nodes.contiguous()).clamp_(max=count - 1)
+        return self._places.gather(1, place), (self._nodes.gather(1, place) == nodes) & (nodes != self.nowhere)
+
+
+class BeamRows:
+    """Fixed rows."""
+
+    def __init__(
+        self, num_rows: int, tree: BeamTree, filters: FilterTable, max_history_items: int, room: int, size: int, k: int
+    ) -> None:
+        """`room` T nodes, `size` d, `k` W."""
+        self.tree, self.filters, self.max_history_items, self.room = tree, filters, max_history_items, room
+        trie = tree.trie
+        self.held: list[BeamRow | None] = [None] * num_rows
+        whole = torch.zeros(num_rows, dtype=torch.int64, device=trie.device)
+        self.prompt, self.used, self.filter_slot = whole.clone(), whole.clone(), whole.clone()
+        self.nodes = whole.new_full((num_rows, room), tree.nowhere)
+        self.hidden = torch.zeros(num_rows, room, size, device=trie.device)
+        self.last = torch.zeros(num_rows, size, device=trie.device)
+        self.beam = whole.new_full((num_rows, k), tree.nowhere)
+        self.score = torch.zeros(num_rows, k, device=trie.device)
+        self.excluded = whole.new_full((num_rows, 64), trie.num_items)
+
+    @property
+    def num_free(self) -> int:
+        return self.held.count(None)
+
+    @property
+    def in_use(self) -> list[int]:
+        return [i for i, row in enumerate(self.held) if row is not None]
+
+    def row(self, index: int) -> BeamRow:
+        row = self.held[index]
+        assert row is not None, f"row {index} is free"
+        return row
+
+    def may(self, rows: Tensor) -> Availability:
+        return Availability(self.filters.passing, self.filter_slot[rows], self.excluded[rows])
+
+    def place(self, request: BeamRequest) -> int:
+        """Give a validated request a free row."""
+        trie, index = self.tree.trie, self.held.index(None)
+        banned = set(request.exclude) | (set(request.history) if request.exclude_history else set())
+        leaves = torch.tensor(sorted(self._leaf(codes) for codes in banned), dtype=torch.int64)
+        slot = self.filters.acquire(request.filters)
+        passing = self.filters.passing[slot].cpu()
+        nodes = trie.first_leaf + leaves
+        leaves = leaves[passing[nodes + 1] > passing[nodes]]
+        available = int(passing[-1]) - len(leaves)
+        degraded = []
+        if available < request.k:
+            degraded.append(("fewer_items", f"Only {available} items pass the filters and exclusions."))
+        used, seed = min(len(request.history), self.max_history_items), request.seed
+        seed = fresh_seed() if seed is None else seed
+        self.held[index] = BeamRow(request, min(request.k, available), slot, used, tuple(degraded), seed)
+        if len(leaves) > self.excluded.shape[1]:
+            more = (len(self.excluded), len(leaves) + 63 - self.excluded.shape[1])
+            self.excluded = torch.cat([self.excluded, self.excluded.new_full(more, trie.num_items)], dim=1)
+        self.excluded[index, : len(leaves)] = leaves.to(self.excluded.device)
+        self.filter_slot[index] = slot
+        return index
+
+    def known(self, rows: Tensor, indices: Sequence[int]) -> Known:
+        """What `rows` (on the host: `indices`) have passed over."""
+        return Known(self.nodes[rows, : max(self.row(i).used for i in indices)], self.tree.nowhere)
+
+    def hidden_at(self, rows: Tensor, places: Tensor) -> Tensor:
+        """[B, M, d] at `places` [B, M] of `rows` [B]."""
+        return self.hidden.flatten(0, 1)[rows[:, None] * self.room + places]
+
+    def move(self, rows: Tensor, beams: Beams) -> None:
+        """`rows` [B] go on with `beams`."""
+        width = beams.nodes.shape[1]
+        self.beam[rows, :width], self.beam[rows, width:] = beams.nodes, self.tree.nowhere
+        self.score[rows, :width] = beams.scores
+
+    def finish(self, index: int) -> BeamResult:
+        """The items of a row whose beams are leaves; it is free afterwards."""
+        row, trie = self.row(index), self.tree.trie
+        scores, order = self.score[index, : row.beams].sort(descending=True, stable=True)
+        leaves = (self.beam[index, : row.beams][order] - trie.first_leaf).tolist()
+        found = zip(leaves, scores.tolist(), strict=True)
+        items = tuple(ScoredItem(tuple(trie.sorted_codes[leaf].tolist()), score) for leaf, score in found)
+        stats = SpeculationStats(row.rounds, row.draft_tokens, row.accepted, row.forced)
+        self.free(index)
+        return BeamResult(
+            row.request.request_id,
+            items if row.wanted else (),
+            stats,
+            row.history_used,
+            row.degraded,
+            prefill_seconds=row.prefill_seconds,
+            decode_seconds=row.decode_seconds,
+            lossy=row.lossy,
+        )
+
+    def free(self, index: int) -> None:
+        self.filters.release(self.row(index).filter_slot)
+        self.held[index] = None
+        self.prompt[index] = self.used[index] = self.filter_slot[index] = 0
+        self.nodes[index], self.beam[index] = self.tree.nowhere, self.tree.nowhere
+        self.excluded[index] = self.tree.trie.num_items
+
+    def check_integrity(self) -> None:
+        """Nothing leaks: free rows hold nothing, filters are held by rows only."""
+        filtered = sum(1 for i in self.in_use if self.row(i).filter_slot)
+        assert self.filters.in_use == filtered, f"{self.filters.in_use} filters held by {filtered} rows"
+        for index, row in enumerate(self.held):
+            empty = int(self.used[index]) == 0 and bool((self.nodes[index] == self.tree.nowhere).all())
+            assert row is not None or empty, f"row {index} is free but holds nodes"
+
+    def _leaf(self, codes: Codes) -> int:
+        leaf = self.tree.trie.leaf(codes)
+        assert leaf is not None, "validated before"
+        return leaf
