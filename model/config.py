@@ -8,7 +8,7 @@ import json
 import math
 import re
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,11 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """The resolved recipe, to be written beside its results."""
         return dataclasses.asdict(self)
+
+
+def with_data(recipe: Recipe, folder: Path | None) -> Recipe:
+    """The recipe over data that lies elsewhere."""
+    return replace(recipe, data=replace(recipe.data, folder=str(folder))) if folder else recipe
 
 
 def load_recipe(path: Path) -> Recipe:

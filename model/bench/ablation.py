@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from model.bench.decode import NEAR_TIES, machine
 from model.bench.plot import Panel, figure
-from model.config import RecipeError, recipe_of
+from model.config import RecipeError, recipe_of, with_data
 from model.data.histories import Case, last_cases
 from model.data.movielens import DataError
 from model.decoding.budget import measured_budget
@@ -88,9 +88,7 @@ def compared(folder: Path, data: Path | None, *, native: bool) -> Compared:
     if missing:
         raise NotTrained(f"{folder} has no draft {missing[0]!r}: `padrec train RECIPE --ablation` trains it")
     recipe = recipe_of(folder / ABLATION / next(iter(VARIANTS)) / "recipe.json", folder.name)
-    if data:
-        recipe = replace(recipe, data=replace(recipe.data, folder=str(data)))
-    run = Run(recipe, folder)
+    run = Run(with_data(recipe, data), folder)
     target = Target(run.checkpoint("finetune"), run.vocabulary, native=native)
     popularity = torch.tensor([item.popularity for item in run.catalog.items])
     drafts: dict[str, Draft | None] = {"none": None, "popularity": PopularityDraft(run.trie, popularity)}

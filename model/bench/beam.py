@@ -28,7 +28,7 @@ from model.bench.decode import NEAR_TIES, machine
 from model.bench.peers.item_prefixes import ItemPrefixes
 from model.bundle import Bundle, BundleError, load_bundle
 from model.catalog import Catalog
-from model.config import RecipeError, load_recipe
+from model.config import RecipeError, load_recipe, with_data
 from model.data.histories import histories, last_cases
 from model.data.movielens import DataError, read_movielens
 from model.decoding.beam_decoder import BeamDecoder
@@ -44,6 +44,7 @@ from model.target import Target
 from model.train.run import Run
 
 Record = dict[str, Any]
+ML_100K = Path(".data/ml-100k")
 PLANS = ("plain", "tree-attention", "draft-free", "atspeed-s", "atspeed-r", "planner")
 
 
@@ -388,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`padrec bench beam`. Exit code 1 when a strict answer differs from the twin's beyond near-ties; 2: bad input."""
     parser = argparse.ArgumentParser(prog="padrec bench beam", description=__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("model/bundles/movielens-100k"))
-    parser.add_argument("--data", type=Path, default=Path(".data/ml-100k"))
+    parser.add_argument("--data", type=Path, default=None, help="default: .data/ml-100k, or what the recipe says")
     parser.add_argument("--recipe", type=Path, default=None, help="measure a training run instead of a bundle")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where `padrec train` left its stages")
     parser.add_argument("--draft", type=Path, default=None, help="another draft: a folder written by `padrec align`")
@@ -406,10 +407,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     try:
         if options.recipe:
-            recipe = load_recipe(options.recipe)
+            recipe = with_data(load_recipe(options.recipe), options.data)
             subject = of_run(Run(recipe, options.runs / recipe.name), options.users)
         else:
-            subject = of_bundle(load_bundle(options.bundle), options.bundle, options.data, options.users)
+            subject = of_bundle(load_bundle(options.bundle), options.bundle, options.data or ML_100K, options.users)
         subject = replace(subject, replacement=options.replacement)
         if options.draft:
             subject = replace(subject, draft=aligned_draft(subject.target, options.draft))

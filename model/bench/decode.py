@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from model.bench.plot import Panel, figure
 from model.bundle import Bundle, BundleError, load_bundle
 from model.data.histories import Case, histories
 from model.data.movielens import DataError, read_movielens
@@ -26,7 +27,7 @@ from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.plain import PlainTwin
 from model.decoding.request import ListRequest, ListResult
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, best_trees
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.train.evaluate import quality
@@ -184,12 +185,36 @@ def line(record: Record) -> str:
     )
 
 
+def plot(records: Sequence[Record]) -> str:
+    """Speed-up by batch, and acceptance by slot and by step at the smallest batch, as SVG."""
+    batches = list(dict.fromkeys(r["batch"] for r in records))
+    by_name: dict[str, list[Record]] = {}
+    for record in records:
+        by_name.setdefault(record["variant"], []).append(record)
+    speed = {name: [r["speedup"] for r in found] for name, found in by_name.items()}
+    panels = [Panel("list of ten, against plain", "batch", "times as fast", tuple(map(str, batches)), speed, "lines")]
+    drafted = {name: found[0] for name, found in by_name.items() if found[0]["acceptance_by_step"]}
+    if drafted:
+        first = next(iter(drafted.values()))
+        slots = tuple("abcdefgh"[: len(first["acceptance_by_slot"])])
+        steps = tuple(str(n + 1) for n in range(max(len(r["acceptance_by_step"]) for r in drafted.values())))
+        title = f"batch {batches[0]}"
+        by_slot = {name: r["acceptance_by_slot"] for name, r in drafted.items()}
+        by_step = {name: r["acceptance_by_step"] for name, r in drafted.items()}
+        panels.append(Panel(title, "slot of the choice", "accepted", slots, by_slot))
+        panels.append(Panel(title, "step of the choice", "accepted", steps, by_step, "lines"))
+    return figure(panels, columns=3)
+
+
 def _fixed(budget: Budget) -> Callable[[int], Budget]:
     return lambda rows: budget
 
 
 def bench_exact(bundle: Bundle, requests: Sequence[ListRequest], say: Callable[[str], None]) -> list[Record]:
-    """Every held-out user, alone and in mixed batches, with a trained, a random and an adversarial draft."""
+    """Every held-out user, alone and in mixed batches, with a trained, a random and an adversarial draft, in chains,
+    dynamic trees and the best static trees of each slot."""
+    static = Budget.static(best_trees(bundle.profile("draft").acceptance, 8))
+    trees = {"chain": Budget(4), "dynamic": Budget(4, 3), "static": static}
     twins = twin_lists(bundle, requests)
     assert bundle.draft is not None
     shape = bundle.draft.network.shape
@@ -202,15 +227,14 @@ def bench_exact(bundle: Bundle, requests: Sequence[ListRequest], say: Callable[[
         ("adversarial", adversarial(bundle, bundle.draft)),
     ):
         for batch in (1, 8, 32):
-            for width in (1, 3):
-                budget = _fixed(Budget(4, width))
-                decoder = bundle.list_decoder(num_rows=batch, max_k=requests[0].k, draft=draft, budget=budget)
+            for tree, budget in trees.items():
+                decoder = bundle.list_decoder(num_rows=batch, max_k=requests[0].k, draft=draft, budget=_fixed(budget))
                 decoded = decode_all(decoder, requests)
                 decoder.rows.check_integrity()
                 record = {
                     "draft": name,
                     "batch": batch,
-                    "width": width,
+                    "tree": tree,
                     "lists": len(requests),
                     "acceptance_length": round(decoded.acceptance_length, 3),
                     **disagreements(bundle, requests, decoded.results, twins),
@@ -256,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--exact", action="store_true", help="only prove exactness, for three drafts")
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--plot", type=Path, default=None, metavar="FILE.svg", help="speed-up and acceptance")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     try:
@@ -271,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         records = bench_decode(bundle, requests, options.batch, options.repeats, _say, judge)
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
+    if options.plot and not options.exact:
+        options.plot.write_text(plot(records))
     return 1 if any(r["mismatches"] or r["invalid"] or r["repeated"] or r["excluded"] for r in records) else 0
 
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from model.config import AlignmentConfig, RecipeError, load_recipe
+from model.config import AlignmentConfig, RecipeError, load_recipe, with_data
 from model.data.batches import padded_items, padded_tokens
 from model.data.movielens import DataError
 from model.decoding.beam_tree import BeamTree
@@ -325,11 +325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="padrec align", description="Align a draft with the target's beams.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where `padrec train` left its stages")
+    parser.add_argument("--data", type=Path, default=None, help="where the data lies (default: what the recipe says)")
     parser.add_argument("--draft", choices=get_args(Kind), default="padrec")
     parser.add_argument("--loss", choices=get_args(Loss), default="atspeed-s")
     options = parser.parse_args(argv)
     try:
-        recipe = load_recipe(options.recipe)
+        recipe = with_data(load_recipe(options.recipe), options.data)
         report = run_alignment(Run(recipe, options.runs / recipe.name), options.draft, options.loss)
     except (RecipeError, DataError, OSError, ValueError) as exc:
         print(f"padrec align: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer

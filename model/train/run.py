@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from model.bundle import save_manifest
 from model.catalog import Catalog
-from model.config import DraftConfig, Recipe, RecipeError, load_recipe
+from model.config import DraftConfig, Recipe, RecipeError, load_recipe, with_data
 from model.data import amazon
 from model.data.histories import Case, History, Split, cases, histories, last_cases, split_users
 from model.data.movielens import DataError, read_movielens
@@ -442,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe)
         if options.data:
-            recipe = replace(recipe, data=replace(recipe.data, folder=str(options.data)))
+            recipe = with_data(recipe, options.data)
         run = Run(recipe, options.runs / recipe.name)
         if options.ablation:
             run.ablation()

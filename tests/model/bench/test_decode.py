@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -103,7 +104,10 @@ def test_the_records_hold_what_is_promised_for_every_variant_and_batch(
     debug_run: tuple[Path, Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "records.json"
-    assert run(debug_run, "--batch", "1", "2", "--repeats", "2", "--json", str(path)) == 0
+    drawn = tmp_path / "plot.svg"
+    assert run(debug_run, "--batch", "1", "2", "--repeats", "2", "--json", str(path), "--plot", str(drawn)) == 0
+    titles = [element.text for element in ElementTree.parse(drawn).iter() if element.tag.endswith("title")]
+    assert {"padrec 1", "padrec 2", "plain 2"} <= {str(title).partition(":")[0] for title in titles}
     records = json.loads(path.read_text())
     variants = ["plain", "plain-forced", "draft", "padrec"]
     assert [(r["variant"], r["batch"]) for r in records] == [(v, b) for b in (1, 2) for v in variants]
@@ -123,15 +127,16 @@ def test_the_records_hold_what_is_promised_for_every_variant_and_batch(
     assert 5 * 5 - 2 <= by_name["plain", 1]["rounds"] <= 5 * 5
 
 
-def test_the_exactness_check_covers_three_drafts_three_loads_and_two_widths(
+def test_the_exactness_check_covers_three_drafts_three_loads_and_three_kinds_of_tree(
     debug_run: tuple[Path, Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "records.json"
     assert run(debug_run, "--exact", "--json", str(path)) == 0
     records = json.loads(path.read_text())
-    asked = {(r["draft"], r["batch"], r["width"]) for r in records}
-    assert asked == {(d, b, w) for d in ("trained", "random", "adversarial") for b in (1, 8, 32) for w in (1, 3)}
-    assert len(records) == 18
+    asked = {(r["draft"], r["batch"], r["tree"]) for r in records}
+    drafts, trees = ("trained", "random", "adversarial"), ("chain", "dynamic", "static")
+    assert asked == {(d, b, t) for d in drafts for b in (1, 8, 32) for t in trees}
+    assert len(records) == 27
     assert all(r["mismatches"] == r["invalid"] == r["repeated"] == r["excluded"] == 0 for r in records)
 
 
