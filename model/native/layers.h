@@ -12,6 +12,7 @@
 #define PANEL 64
 #define ROWS 6
 #define SHARING 16
+#define AHEAD 32
 #define INLINE static inline __attribute__((always_inline))
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
@@ -105,6 +106,7 @@ INLINE void panel_rows(const float *x, int64_t ldx, const float *w, int64_t in, 
     for (int r = 0; r < count; r++)
         for (int c = 0; c < 4; c++) acc[r][c] = v16{};
     for (int64_t k = 0; k < in; k++, w += PANEL) {
+        for (int c = 0; c < 4; c++) __builtin_prefetch(w + AHEAD * PANEL + 16 * c); /* arithmetic hides the way from L3 */
         v16 w0 = load(w), w1 = load(w + 16), w2 = load(w + 32), w3 = load(w + 48);
 #pragma GCC unroll 6
         for (int r = 0; r < count; r++) {
