@@ -15,7 +15,8 @@ from service.keys import Keys, KeysError, new_key, read_keys
 from service.metrics import HttpMetrics
 from service.middleware import Door
 from service.probes import Drain
-from service.settings import SettingsError, load_settings
+from service.settings import Settings, SettingsError, load_settings
+from service.tracing import Spans
 from tests.service.wire import TinyWorker, Workers, api, api_settings
 
 
@@ -138,7 +139,9 @@ async def test_the_api_behind_keys_answers_who_may_ask(
 async def test_a_worker_with_keys_takes_each_of_them() -> None:
     app = FastAPI()
     keys = Keys.of_secret("first-secret-key-16, second-secret-key-16")
-    app.add_middleware(Door, metrics=HttpMetrics(CollectorRegistry()), drain=Drain(), keys=keys)
+    metrics = HttpMetrics(CollectorRegistry())
+    spans = Spans(Settings(), "padrec-worker", "1", metrics)
+    app.add_middleware(Door, metrics=metrics, drain=Drain(), spans=spans, keys=keys)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://w") as client:
         assert (await client.get("/info")).status_code == 401
         for key in ("first-secret-key-16", "second-secret-key-16"):
