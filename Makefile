@@ -57,8 +57,8 @@ bench-serve: install data ## HTTP load over loopback
 bench-gpu: ## decoding on a CUDA device; plain python3 with torch, transformers, safetensors, numpy
 	$(PYTHON) -m model.bench.gpu
 
-peers: install ## an environment with exact pins for each engine we compare with (about 6 GB in .peers)
-	$(BIN)/python -m model.bench.peers.install
+peers: install ## an environment with exact pins for each engine we compare with (about 6 GB in .peers; PEERS="..." for some)
+	$(BIN)/python -m model.bench.peers.install $(PEERS)
 
 bench-peers: install data ## ours and other engines in one run, same target and requests (missing ones are skipped)
 	$(BIN)/padrec bench peers --bundle $(BUNDLE)

@@ -175,7 +175,7 @@ int padrec_pass(const Model *m, const Pass *p, int threads) {
                     memcpy(values + to + i * p->positions * s, own + (q + g + i) * s, s * sizeof(float));
                 }
             }
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(2) schedule(static, 1) /* later tokens of a prompt see more: in turn */
             for (int64_t k = 0; k < parts; k++)
                 for (int64_t i = 0; i < q; i++)
                     for (int64_t t = part[k]; t < part[k + 1]; t++) {

@@ -139,11 +139,14 @@ INLINE void panel_rows(const float *x, int64_t ldx, const float *w, int64_t in, 
     }
 }
 
-/* y [n, out] (or its sum with y, or the gated product of it) of x [n, in]. Work-shared over panels and row blocks. */
+/* y [n, out] (or its sum with y, or the gated product of it) of x [n, in]. Work-shared over panels and row blocks: of few
+ * rows each thread takes panels, so that weights are read once; of many it takes rows, which it has just written itself. */
 template <Mode mode>
 static void linear(const float *x, int64_t ldx, const float *w, int64_t in, float *y, int64_t ldy, int64_t out,
                    const float *bias, int64_t n) {
-    const int64_t panels = (out + PANEL - 1) / PANEL, block = 24 * ROWS, blocks = (n + block - 1) / block;
+    const int64_t panels = (out + PANEL - 1) / PANEL, team = omp_get_num_threads(), most = 24 * ROWS;
+    const int64_t shares = n < 24 * team ? 1 : team, blocks = shares * ((n + shares * most - 1) / (shares * most));
+    const int64_t block = blocks ? (n + blocks - 1) / blocks : 1;
 #pragma omp for collapse(2) schedule(static)
     for (int64_t b = 0; b < blocks; b++)
         for (int64_t p = 0; p < panels; p++) {

@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[3] / ".data" / "ml-100k"
 Twins = dict[str, tuple[ListResult, float]]
 KEYS = {"variant", "batch", "lists", "ms_per_list", "ms_min", "ms_max", "speedup", "rounds", "acceptance_length"}
 KEYS |= {"acceptance_by_slot", "acceptance_by_step", "budget_steps", "budget_nodes", "budget_width", "dtype"}
-KEYS |= {"identical", "near_ties"}
+KEYS |= {"identical", "near_ties", "prefill_ms", "draft_ms", "verify_ms"}
 KEYS |= {"next_recall@5", "next_ndcg@5", "future_recall@5", "future_ndcg@5"}
 KEYS |= {"mismatches", "invalid", "repeated", "excluded", "threads", "cores", "torch", "cpu"}
 
