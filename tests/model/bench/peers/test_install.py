@@ -8,7 +8,8 @@ from model.bench.peers.run import PEERS
 
 
 def test_every_peer_has_pins_and_every_pin_is_exact() -> None:
-    assert {path.stem for path in install.PINS.glob("*.txt")} == {peer.package for peer in PEERS}
+    ranking = {"recbole"}  # compared in what it recommends, not in how fast (model/bench/sasrec.py)
+    assert {path.stem for path in install.PINS.glob("*.txt")} == {peer.package for peer in PEERS} | ranking
     for path in install.PINS.glob("*.txt"):
         for pin in path.read_text().splitlines():
             assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", pin), f"{path.name}: {pin}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.bench.peers.sasrec import main, prefixes, write_cases
+from model.bench.sasrec import main, prefixes, write_cases
 from model.data.histories import History
 
 
@@ -24,6 +24,6 @@ def test_cases_are_written_a_line_each_under_a_typed_header(tmp_path: Path) -> N
 
 
 def test_data_that_is_not_there_is_an_error_and_not_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = Path(__file__).parents[4] / "model" / "recipes" / "amazon-beauty.toml"
+    recipe = Path(__file__).parents[3] / "model" / "recipes" / "amazon-beauty.toml"
     assert main([str(recipe), "--data", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err

@@ -1,11 +1,11 @@
 """SASRec by RecBole on the split and the cases a recipe's target is judged by, run in RecBole's own environment:
 
     make peers PEERS=recbole
-    .peers/recbole/bin/python -m model.bench.peers.sasrec RECIPE --data DIR --json FILE
+    .peers/recbole/bin/python -m model.bench.sasrec RECIPE --data DIR --json FILE
 
 RecBole trains (cross entropy over all items, early stopping on the validation users' recall); ranking excludes the
-history, and recall and NDCG are counted by our own `quality`, as the target's are. Knows the readers of data; nothing of
-targets, drafts or semantic IDs.
+history, and recall and NDCG are counted by our own `quality`, as the target's are. Knows the readers of data; nothing
+of targets, drafts or semantic IDs.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def ranked(model: Any, dataset: Any, asked: Sequence[Case], k: int, most: int) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2: bad recipe or data."""
-    parser = argparse.ArgumentParser(prog="python -m model.bench.peers.sasrec", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m model.bench.sasrec", description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--data", type=Path, default=None, help="where the data lies (default: what the recipe says)")
     parser.add_argument("--epochs", type=int, default=60)
