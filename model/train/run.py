@@ -440,9 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        recipe = load_recipe(options.recipe)
-        if options.data:
-            recipe = with_data(recipe, options.data)
+        recipe = with_data(load_recipe(options.recipe), options.data)
         run = Run(recipe, options.runs / recipe.name)
         if options.ablation:
             run.ablation()
