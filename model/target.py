@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from model.kv_cache import KVCache, Sight, TreeSight, Write
 from model.layer import Layer, UnitNorm, fused_weights, grouped
@@ -94,6 +95,9 @@ class Target:
         cls, folder: Path, vocabulary: Vocabulary, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> "Target":
         """Read a checkpoint directory (safetensors only, no code is executed). Raises CheckpointError."""
+        verbosity = transformers_logging.get_verbosity()
+        # What it would report is refused below, in one line.
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -102,10 +106,18 @@ class Target:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         except (OSError, ValueError, KeyError) as exc:
             raise CheckpointError(f"{folder.name}: {exc}") from exc
+        finally:
+            transformers_logging.set_verbosity(verbosity)
         model, loading = loaded
+        if loading["mismatched_keys"]:
+            name, found, wanted = sorted(loading["mismatched_keys"])[0]
+            raise CheckpointError(
+                f"{folder.name}: {name} is of shape {tuple(found)}, config.json makes it {tuple(wanted)}"
+            )
         if loading["missing_keys"]:  # `transformers` would serve random weights for them
             raise CheckpointError(f"{folder.name}: the checkpoint lacks {sorted(loading['missing_keys'])[0]}")
         return cls(model, vocabulary, device)

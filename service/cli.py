@@ -29,6 +29,7 @@ FORWARDED = {
     ("train",): ("model.train.run", "train a bundle from a recipe (TOML)"),
     ("align",): ("model.train.alignment", "align a draft with the target's beams (AtSpeed)"),
     ("bench", "serve"): ("service.bench_serve", "HTTP load against a running service"),
+    ("bench", "api"): ("service.bench_api", "what one API process sustains over a stub worker"),
     ("bench", "redis"): ("service.bench_redis", "memory and look-up time of a catalog in Redis"),
     ("bench", "swap"): ("service.bench_swap", "how long a catalog swap holds up a worker"),
     ("bench", "beam"): ("model.bench.beam", "beam search by every plan, against the slow twin"),

@@ -1,7 +1,7 @@
 """`make bench-gpu` (`python3 -m model.bench.gpu`): decoding on a CUDA device, with nothing installed.
 
 Needs torch, transformers, safetensors and numpy alone. The first run trains a target of the shape of Qwen3-0.6B and its
-drafts on synthetic sessions (`sessions`, about six minutes on an H200) and keeps them as a bundle under `--folder`;
+drafts on synthetic sessions (`sessions`, some minutes by the clock) and keeps them as a bundle under `--folder`;
 later runs only measure. Per batch size: milliseconds a list, lists a second, ratio to plain decoding with and without
 CUDA graphs, how near a pass comes to the time its weights take to be read, and how many lists differ from the slow
 twin's. Without a CUDA device everything runs tiny on the CPU, says that these are no GPU figures, and shows that the

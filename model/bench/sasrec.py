@@ -125,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sasrec: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 2
     most, asked = recipe.target.max_history_items, cases(split.test, recipe.data)
+    asked = asked[: recipe.evaluate.max_cases or None]
     validated = cases(split.validation, recipe.data)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:

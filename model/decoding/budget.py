@@ -8,6 +8,7 @@ accepted. Knows decoders and numbers; nothing of queues.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from operator import mul
 from statistics import median
@@ -19,6 +20,7 @@ from model.decoding.topology import Budget, Tree, best_trees, gains
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # nodes of the candidates
+LONG_LIST = 40  # items of the lists that rounds are timed on
 PRIOR = 30  # decisions that what the profile says is worth
 FADE = 0.99  # of what was seen, a round
 DECIDE_EVERY = 16  # rounds
@@ -113,7 +115,8 @@ def measured_budget(
     possible = candidates(profile, decoder.max_steps, decoder.max_nodes) if decoder.draft else [Budget(0)]
     costs: dict[int, dict[Budget, float]] = {}
     for load in loads:
-        batch = [requests[i % len(requests)] for i in range(load)]
+        # Long lists: their prompts, which cost more than the rounds, are read once for many candidates.
+        batch = [replace(requests[i % len(requests)], k=min(decoder.max_k, LONG_LIST)) for i in range(load)]
         seconds: dict[Budget, list[float]] = {}
         prices: list[float] = []
         best = 0.0
@@ -131,6 +134,7 @@ def measured_budget(
             for candidate, found in seconds.items():
                 found += _round_seconds(decoder, batch, candidate, repeats)
         costs[load] = {candidate: median(found) for candidate, found in seconds.items()}
+        _free(decoder)
     budget = LoadBudget(costs, profile)
     decoder.budget, decoder.learn = budget, budget.observe
     return budget
@@ -156,16 +160,24 @@ def _survival(rates: Sequence[float], corrections: Iterable[float] = ()) -> list
 
 
 def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> list[float]:
+    """Of rounds of the whole batch: as many as there are before lists end, at least one."""
     decoder.budget = lambda rows: budget
-    allowed, decoder.prefill_tokens = decoder.prefill_tokens, None
-    decoder.admit(batch)
-    decoder.prefill_tokens = allowed
-    seconds = []
+    seconds: list[float] = []
     for _ in range(repeats):
-        if len(decoder.rows.in_use) < len(batch):
-            break  # lists are ending: a round of fewer rows would count as cheap
+        if len(decoder.rows.in_use) < len(batch):  # a round of fewer rows would count as cheap
+            if seconds:
+                break
+            _free(decoder)
+            allowed, decoder.prefill_tokens = decoder.prefill_tokens, None
+            decoder.admit(batch)
+            decoder.prefill_tokens = allowed
         stats = decoder.round()[1]
         seconds.append(stats.draft_seconds + stats.verify_seconds)
+    if not budget.steps:
+        _free(decoder)  # rows that went without drafts never get them again
+    return seconds
+
+
+def _free(decoder: ListDecoder) -> None:
     for index in decoder.rows.in_use:
         decoder.rows.free(index)
-    return seconds

@@ -75,8 +75,9 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
             catalog=index,
             learned=engine.decoder,
         )
-        golden = index.golden_requests(8, info.max_history_items)
-        return Edition(index.version, made, [*golden, *beams_of(golden)])
+        # Few: they take their time from requests.
+        golden = index.golden_requests(4, info.max_history_items)
+        return Edition(index.version, made, [*golden, *beams_of(golden[:2])])
 
     feed = CatalogFeed(engine, edition, bundle.target.vocabulary, served, settings, metrics)
     return create_app(engine, served, settings, drain, metrics, registry, feed)

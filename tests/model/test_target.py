@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="finite"):
         Target(model, VOCABULARY)
+
+
+def test_weights_of_another_shape_than_the_configuration_are_refused_by_name_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(CONFIGS["llama"], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+\.weight is of shape .* config.json makes it") as caught:
+        Target.load(tmp_path, VOCABULARY)
+    assert "\n" not in str(caught.value)
+    assert "MISMATCH" not in capfd.readouterr().err
 
 
 def test_rows_longer_than_a_sliding_window_are_refused(tmp_path: Path) -> None:
