@@ -123,21 +123,32 @@ class Load:
     """A load that runs while the drill does harm: on a thread, because processes are started from the main one."""
 
     def __init__(
-        self, url: str | Callable[[], str], body_of: Callable[[int], Body], rate: float, seconds: float
+        self,
+        url: str | Callable[[], str],
+        body_of: Callable[[int], Body],
+        rate: float,
+        seconds: float,
+        among: Sequence[str] = (),
     ) -> None:
+        """Where `url` chooses, it chooses `among` these."""
         self._pool = ThreadPoolExecutor(1)
         self.started = time.monotonic()
-        self._future: Future[Answers] = self._pool.submit(lambda: asyncio.run(self._run(url, body_of, rate, seconds)))
+        self._future: Future[Answers] = self._pool.submit(
+            lambda: asyncio.run(self._run(url, body_of, rate, seconds, among))
+        )
 
     @staticmethod
     async def _run(
-        url: str | Callable[[], str], body_of: Callable[[int], Body], rate: float, seconds: float
+        url: str | Callable[[], str],
+        body_of: Callable[[int], Body],
+        rate: float,
+        seconds: float,
+        among: Sequence[str],
     ) -> Answers:
         choose = url if callable(url) else lambda: url
-        clients: dict[str, httpx.AsyncClient] = {}
         async with contextlib.AsyncExitStack() as exits:
-            for _ in range(8):  # as many replicas as any drill has
-                clients.setdefault(choose(), await exits.enter_async_context(client_of(choose())))
+            bases = among or [choose()]
+            clients = {base: await exits.enter_async_context(client_of(base)) for base in bases}
             return await send(lambda: clients[choose()], body_of, even(rate, max(1, round(rate * seconds))))
 
     @property
@@ -331,7 +342,13 @@ def restarts(drill: Drill) -> None:
 
         ready = [api.url for api in made.apis]
         turn = iter(range(10**9))
-        load = Load(lambda: ready[next(turn) % len(ready)], drill.body, drill.rate, 5000 * drill.scale / drill.rate)
+        load = Load(
+            lambda: ready[next(turn) % len(ready)],
+            drill.body,
+            drill.rate,
+            5000 * drill.scale / drill.rate,
+            tuple(ready),
+        )
         restarted = 0
         while load.running:
             if restarted < 10:
