@@ -25,7 +25,6 @@ from model.decoding.beam_rows import BeamRow, BeamRows, Known
 from model.decoding.beam_tree import BeamTree
 from model.decoding.filters import Attributes, FilterTable, Stock
 from model.decoding.request import InvalidRequest
-from model.decoding.sampling import MAX_SEED
 from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie
 from model.kv_cache import Sight, TreeSight, Write
@@ -77,14 +76,8 @@ class BeamDecoder:
         """Raises InvalidRequest for content this decoder cannot decode."""
         if not 1 <= request.k <= self.max_k:
             raise InvalidRequest("/k", f"must lie between 1 and {self.max_k} for beam search")
-        if not request.history:
-            raise InvalidRequest("/history", "needs at least one item")
-        for name, items in (("history", request.history), ("exclude", request.exclude)):
-            if any(self.trie.leaf(codes) is None for codes in items):
-                raise InvalidRequest(f"/{name}", "names an item that is not in this catalog version")
-        if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-            raise InvalidRequest("/seed", f"must lie between 0 and {MAX_SEED}")
-        self.rows.filters.check(request.filters)
+        self.rows.check_items(request)
+        self.rows.check_lot(request)
 
     def set_stock(self, stock: Stock | None) -> None:
         """What requests that get a row from now on may be given; None: everything."""
@@ -92,11 +85,7 @@ class BeamDecoder:
 
     def cancel(self, request_id: str) -> bool:
         """Free the row of a request; whether there was one."""
-        for index in self.rows.in_use:
-            if self.rows.row(index).request.request_id == request_id:
-                self.rows.free(index)
-                return True
-        return False
+        return self.rows.cancel(request_id)
 
     # ---- prompts ----------------------------------------------------------------------------------------------
 

@@ -17,10 +17,10 @@ from model.decoding.beam_draft import DraftedLevel
 from model.decoding.beam_request import BeamRequest, BeamResult
 from model.decoding.beam_tree import BeamTree
 from model.decoding.filters import FilterTable
+from model.decoding.held_rows import HeldRows
 from model.decoding.request import ScoredItem, SpeculationStats
 from model.decoding.sampling import fresh_seed
 from model.item_trie import Availability
-from model.semantic_id import Codes
 
 Tensor = torch.Tensor
 
@@ -72,16 +72,16 @@ class Known:
         return self._places.gather(1, place), (self._nodes.gather(1, place) == nodes) & (nodes != self.nowhere)
 
 
-class BeamRows:
-    """Fixed rows."""
+class BeamRows(HeldRows[BeamRow]):
+    """Rows of beam requests."""
 
     def __init__(
         self, num_rows: int, tree: BeamTree, filters: FilterTable, max_history_items: int, room: int, size: int, k: int
     ) -> None:
         """`room` T nodes, `size` d, `k` W."""
-        self.tree, self.filters, self.max_history_items, self.room = tree, filters, max_history_items, room
         trie = tree.trie
-        self.held: list[BeamRow | None] = [None] * num_rows
+        super().__init__(num_rows, trie, filters, max_history_items)
+        self.tree, self.room = tree, room
         whole = torch.zeros(num_rows, dtype=torch.int64, device=trie.device)
         self.prompt, self.used, self.filter_slot = whole.clone(), whole.clone(), whole.clone()
         self.nodes = whole.new_full((num_rows, room), tree.nowhere)
@@ -89,45 +89,19 @@ class BeamRows:
         self.last = torch.zeros(num_rows, size, device=trie.device)
         self.beam = whole.new_full((num_rows, k), tree.nowhere)
         self.score = torch.zeros(num_rows, k, device=trie.device)
-        self.excluded = whole.new_full((num_rows, 64), trie.num_items)
-
-    @property
-    def num_free(self) -> int:
-        return self.held.count(None)
-
-    @property
-    def in_use(self) -> list[int]:
-        return [i for i, row in enumerate(self.held) if row is not None]
-
-    def row(self, index: int) -> BeamRow:
-        row = self.held[index]
-        assert row is not None, f"row {index} is free"
-        return row
 
     def may(self, rows: Tensor) -> Availability:
         return Availability(self.filters.passing, self.filter_slot[rows], self.excluded[rows])
 
     def place(self, request: BeamRequest) -> int:
         """Give a validated request a free row."""
-        trie, index = self.tree.trie, self.held.index(None)
-        banned = set(request.exclude) | (set(request.history) if request.exclude_history else set())
-        leaves = torch.tensor(sorted(self._leaf(codes) for codes in banned), dtype=torch.int64)
-        slot = self.filters.acquire(request.filters)
-        passing = self.filters.passing[slot].cpu()
-        nodes = trie.first_leaf + leaves
-        leaves = leaves[passing[nodes + 1] > passing[nodes]]
-        available = int(passing[-1]) - len(leaves)
-        degraded = []
-        if available < request.k:
-            degraded.append(("fewer_items", f"Only {available} items pass the filters and exclusions."))
-        used, seed = min(len(request.history), self.max_history_items), request.seed
-        seed = fresh_seed() if seed is None else seed
-        self.held[index] = BeamRow(request, min(request.k, available), slot, used, tuple(degraded), seed)
-        if len(leaves) > self.excluded.shape[1]:
-            more = (len(self.excluded), len(leaves) + 63 - self.excluded.shape[1])
-            self.excluded = torch.cat([self.excluded, self.excluded.new_full(more, trie.num_items)], dim=1)
-        self.excluded[index, : len(leaves)] = leaves.to(self.excluded.device)
-        self.filter_slot[index] = slot
+        index = self.held.index(None)
+        share = self._share(request)
+        seed = fresh_seed() if request.seed is None else request.seed
+        self.held[index] = BeamRow(request, share.wanted, share.filter_slot, share.history_used, share.degraded, seed)
+        self._reserve_exclusions(len(share.leaves))
+        self._exclude(index, share.leaves)
+        self.filter_slot[index] = share.filter_slot
         return index
 
     def known(self, rows: Tensor, indices: Sequence[int]) -> Known:
@@ -173,13 +147,7 @@ class BeamRows:
 
     def check_integrity(self) -> None:
         """Nothing leaks: free rows hold nothing, filters are held by rows only."""
-        filtered = sum(1 for i in self.in_use if self.row(i).filter_slot)
-        assert self.filters.in_use == filtered, f"{self.filters.in_use} filters held by {filtered} rows"
+        self._check_filters()
         for index, row in enumerate(self.held):
             empty = int(self.used[index]) == 0 and bool((self.nodes[index] == self.tree.nowhere).all())
             assert row is not None or empty, f"row {index} is free but holds nodes"
-
-    def _leaf(self, codes: Codes) -> int:
-        leaf = self.tree.trie.leaf(codes)
-        assert leaf is not None, "validated before"
-        return leaf

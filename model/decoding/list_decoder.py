@@ -31,7 +31,7 @@ from model.decoding.draft_tree import (
 from model.decoding.filters import Attributes, FilterTable, Stock
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
 from model.decoding.rows import Gain, Row, Rows, account
-from model.decoding.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling, noise, perturbed
+from model.decoding.sampling import MAX_TEMPERATURE, Sampling, noise, perturbed
 from model.decoding.static_rounds import MAX_EXCLUDED, StaticRounds, rounded_positions
 from model.decoding.topology import Budget, table_of
 from model.decoding.verify import Verdict, accept
@@ -133,20 +133,14 @@ class ListDecoder:
         """Raises InvalidRequest for content this decoder cannot decode."""
         if not 1 <= request.k <= self.max_k:
             raise InvalidRequest("/k", f"must lie between 1 and {self.max_k}")
-        if not request.history:
-            raise InvalidRequest("/history", "needs at least one item")
-        for name, items in (("history", request.history), ("exclude", request.exclude)):
-            if any(self.trie.leaf(codes) is None for codes in items):
-                raise InvalidRequest(f"/{name}", "names an item that is not in this catalog version")
+        self.rows.check_items(request)
         if self.static and len({*request.history, *request.exclude}) > MAX_EXCLUDED:
             raise InvalidRequest("/exclude", f"with the history more than {MAX_EXCLUDED} items")
         if not 0 <= request.temperature <= MAX_TEMPERATURE:
             raise InvalidRequest("/temperature", f"must lie between 0 and {MAX_TEMPERATURE:g}")
         if not 0 < request.top_p <= 1:
             raise InvalidRequest("/top_p", "must be above 0 and at most 1")
-        if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-            raise InvalidRequest("/seed", f"must lie between 0 and {MAX_SEED}")
-        self.rows.filters.check(request.filters)
+        self.rows.check_lot(request)
 
     def set_stock(self, stock: Stock | None) -> None:
         """What requests that get a row from now on may be given; None: everything."""
@@ -154,11 +148,7 @@ class ListDecoder:
 
     def cancel(self, request_id: str) -> bool:
         """Free the row of a request; whether there was one."""
-        for index in self.rows.in_use:
-            if self.rows.row(index).request.request_id == request_id:
-                self.rows.free(index)
-                return True
-        return False
+        return self.rows.cancel(request_id)
 
     # ---- prompts ----------------------------------------------------------------------------------------------
 

@@ -14,11 +14,11 @@ import torch
 from torch.nn.functional import pad
 
 from model.decoding.filters import FilterTable
+from model.decoding.held_rows import HeldRows
 from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
 from model.decoding.sampling import Sampling, fresh_seed
 from model.item_trie import Availability, ItemTrie
 from model.native.round import RowState
-from model.semantic_id import Codes
 
 Tensor = torch.Tensor
 
@@ -81,8 +81,8 @@ class Placement(NamedTuple):
     seed: int
 
 
-class Rows:
-    """Fixed rows. Per row: `base` tokens in the target's cache, the `pending` run behind them (chosen, not yet read),
+class Rows(HeldRows[Row]):
+    """Per row: `base` tokens in the target's cache, the `pending` run behind them (chosen, not yet read),
     the `fresh` runs the draft has not read with the features they were chosen from, the trie `node` after the pending
     run, `remaining` items to go, `written` items so far, `draftable` items the draft may guess at, what is `excluded`,
     and how it samples: `temperature` (0: greedy), `top_p`, `seed`. Where shapes are static one more row, the last,
@@ -100,9 +100,8 @@ class Rows:
     ) -> None:
         """`max_gain`: most runs a round can add to a row; `size`: d of the draft's features; `max_excluded`: leaves a
         row may have to leave out, where shapes are static."""
-        self.trie, self.filters, self.max_history_items = trie, filters, max_history_items
-        self.held: list[Row | None] = [None] * num_rows
         self.static = max_excluded is not None
+        super().__init__(num_rows, trie, filters, max_history_items, spare=int(self.static), width=max_excluded or 64)
         self.placed: list[Placement] = []
         num_rows += self.static
         whole = torch.zeros(num_rows, dtype=torch.int64, device=trie.device)
@@ -110,9 +109,6 @@ class Rows:
         self.draftable, self.filter_slot = whole.clone(), whole.clone()
         self.written, self.seed = whole.clone(), whole.clone()
         self.temperature, self.top_p = whole.double(), whole.double()
-        self.excluded = torch.full(
-            (num_rows, max_excluded or 64), trie.num_items, dtype=torch.int64, device=trie.device
-        )
         places = trie.num_levels + 1
         self.pending_tokens = whole.new_zeros(num_rows, 1, places)
         self.pending_length = whole.new_zeros(num_rows, 1)
@@ -121,22 +117,9 @@ class Rows:
         self.fresh_feature = torch.zeros(num_rows, max_gain, size, device=trie.device)
 
     @property
-    def num_free(self) -> int:
-        return self.held.count(None)
-
-    @property
     def running(self) -> list[int]:
         """Rows in use whose prompts are read."""
         return [i for i, row in enumerate(self.held) if row is not None and not row.unread]
-
-    @property
-    def in_use(self) -> list[int]:
-        return [i for i, row in enumerate(self.held) if row is not None]
-
-    def row(self, index: int) -> Row:
-        row = self.held[index]
-        assert row is not None, f"row {index} is free"
-        return row
 
     def state(self) -> RowState:
         """The rows' tensors as a compiled round takes them."""
@@ -182,19 +165,9 @@ class Rows:
     def place(self, request: ListRequest, headroom: int) -> int:
         """Give a validated request a free row; `headroom`: leaves a round may add beyond the list."""
         index = self.held.index(None)
-        banned = set(request.exclude) | (set(request.history) if request.exclude_history else set())
-        leaves = torch.tensor(sorted(self._leaf(c) for c in banned), dtype=torch.int64)
-        slot = self.filters.acquire(request.filters)
-        passing = self.filters.counts(slot)
-        nodes = self.trie.first_leaf + leaves
-        leaves = leaves[passing[nodes + 1] > passing[nodes]]
-        available = int(passing[-1]) - len(leaves)
-        used = min(len(request.history), self.max_history_items)
-        degraded = []
-        if available < request.k:
-            degraded.append(("fewer_items", f"Only {available} items pass the filters and exclusions."))
+        leaves, slot, wanted, used, degraded = self._share(request)
         most = len(leaves) + request.k + headroom
-        row = Row(request, min(request.k, available), slot, used, tuple(degraded), most, request.speculation)
+        row = Row(request, wanted, slot, used, degraded, most, request.speculation)
         self.held[index] = row
         seed = fresh_seed() if request.seed is None else request.seed
         draftable = row.wanted if request.speculation else 0
@@ -208,9 +181,8 @@ class Rows:
         return index
 
     def _write(self, placement: Placement) -> None:
-        index, leaves = placement.place, placement.leaves
-        self.excluded[index] = self.trie.num_items
-        self.excluded[index, : len(leaves)] = leaves.to(self.excluded.device)
+        index = placement.place
+        self._exclude(index, placement.leaves)
         self.filter_slot[index] = placement.filter_slot
         self.remaining[index], self.draftable[index] = placement.wanted, placement.draftable
         self.temperature[index], self.top_p[index] = placement.temperature, placement.top_p
@@ -232,7 +204,6 @@ class Rows:
             decode_seconds=row.decode_seconds,
         )
 
-    @torch.inference_mode()  # a table that grew inside a round may not be written outside of one
     def free(self, index: int) -> None:
         row = self.row(index)
         self.filters.release(row.filter_slot)
@@ -248,8 +219,7 @@ class Rows:
 
     def check_integrity(self) -> None:
         """Nothing leaks: free rows decode nothing, filters are held by rows only."""
-        filtered = sum(1 for i in self.in_use if self.row(i).filter_slot)
-        assert self.filters.in_use == filtered, f"{self.filters.in_use} filters held by {filtered} rows"
+        self._check_filters()
         remaining = self.remaining.tolist()
         for index, row in enumerate(self.held):
             assert row is not None or remaining[index] == 0, f"row {index} is free but still decodes"
@@ -283,19 +253,6 @@ class Rows:
             self.fresh_tokens[rows, :added] = gain.tokens
             self.fresh_feature[rows, :added] = gain.feature
             self.fresh_length[rows] = pad(gain.length, (0, self.fresh_length.shape[1] - added))
-
-    def _leaf(self, codes: Codes) -> int:
-        leaf = self.trie.leaf(codes)
-        assert leaf is not None, "validated before"
-        return leaf
-
-    def _reserve_exclusions(self, count: int) -> None:
-        rows, width = self.excluded.shape
-        if count > width:
-            # A tensor made in inference mode could not be changed outside of it, where requests are cancelled.
-            with torch.inference_mode(False):
-                more = self.excluded.new_full((rows, count + 63 - width), self.trie.num_items)
-                self.excluded = torch.cat([self.excluded, more], dim=1)
 
 
 def account(row: Row, scores: Sequence[float], leaves: Sequence[int], lengths: Sequence[int], num_items: int) -> None:

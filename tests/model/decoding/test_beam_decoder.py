@@ -18,6 +18,7 @@ from model.item_trie import ItemTrie
 from model.semantic_id import Vocabulary
 from model.target import Target
 from tests.model.conftest import Tiny, random_catalog
+from tests.model.decoding.company import in_any_company
 
 NEAR_TIE = 1e-4  # nats: nearer choices than this are the rounding's
 GUESS_AND_BELOW = FixedPlan("atspeed and below", Ahead.DRAFT, draft_to=2, below=True)
@@ -166,24 +167,22 @@ def test_every_plan_returns_what_the_slow_twin_returns(tiny: Tiny, plan: Plan, d
     assert_same(tiny, requests, decode_all(decoder(tiny, plan, drafts(tiny)[draft]), requests)[0])
 
 
+def test_a_row_with_many_exclusions_can_be_cancelled(tiny: Tiny) -> None:
+    """Room for them is made while a request is admitted, which is not where it is freed."""
+    running = decoder(tiny, TREE_ATTENTION)
+    running.admit([BeamRequest("r", tuple(tiny.codes[:3]), 3, exclude=tuple(tiny.codes[5:95]))])
+    assert running.rows.in_use and running.cancel("r")
+    running.rows.check_integrity()
+    assert not running.rows.in_use
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), draft=st.sampled_from(["none", "padrec", "adversarial", "model"]))
 def test_company_does_not_matter_whoever_joins_leaves_or_is_cancelled(tiny: Tiny, seed: int, draft: str) -> None:
     rng = random.Random(seed)
     requests = some_requests(tiny, 8, seed)
     running = decoder(tiny, Whim(seed), drafts(tiny)[draft], max_nodes=rng.choice([0, 3, 64]))
-    waiting, results, cancelled = list(requests), {}, set()
-    while len(results) + len(cancelled) < len(requests):
-        joining = waiting[: rng.randrange(running.rows.num_free + 1)]
-        waiting = waiting[len(joining) :]
-        results |= {r.request_id: r for r in running.admit(joining)}
-        held = [running.rows.row(i).request.request_id for i in running.rows.in_use]
-        if held and rng.random() < 0.1:
-            cancelled.add(victim := rng.choice(held))
-            assert running.cancel(victim)
-        if running.rows.in_use:
-            results |= {r.request_id: r for r in running.round()[0]}
-    running.rows.check_integrity()
+    results, cancelled = in_any_company(running, requests, rng)
     assert running.rows.num_free == 4
     assert_same(tiny, [r for r in requests if r.request_id not in cancelled], results)
 

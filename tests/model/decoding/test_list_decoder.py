@@ -19,6 +19,7 @@ from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.target import Target
 from tests.model.conftest import Tiny
+from tests.model.decoding.company import in_any_company
 
 NEAR_TIE = 1e-4  # nats: nearer choices than this are the rounding's
 SLOT_TREES = Budget.static(
@@ -124,18 +125,7 @@ def test_company_does_not_matter_whoever_joins_leaves_or_is_cancelled(tiny: Tiny
     rng = random.Random(seed)
     requests = mixed(tiny, 8, seed)
     running = decoder(tiny, tiny.draft(), mode)
-    waiting, results, cancelled = list(requests), {}, set()
-    while len(results) + len(cancelled) < len(requests):
-        joining = waiting[: rng.randrange(running.rows.num_free + 1)]
-        waiting = waiting[len(joining) :]
-        results |= {r.request_id: r for r in running.admit(joining)}
-        held = [running.rows.row(i).request.request_id for i in running.rows.in_use]
-        if held and rng.random() < 0.1:
-            cancelled.add(victim := rng.choice(held))
-            assert running.cancel(victim)
-        if running.rows.in_use:
-            results |= {r.request_id: r for r in running.round()[0]}
-    running.rows.check_integrity()
+    results, cancelled = in_any_company(running, requests, rng)
     assert running.rows.num_free == 4
     assert_same(tiny, [r for r in requests if r.request_id not in cancelled], results)
 

@@ -29,6 +29,7 @@ from model.item_trie import ItemTrie
 from model.semantic_id import Vocabulary
 from model.target import Target
 from tests.model.conftest import SIZES, Tiny, random_catalog
+from tests.model.decoding.company import in_any_company
 from tests.model.decoding.test_list_decoder import MODES, assert_same, mixed, sampled, some_requests
 
 # Every operator whose result, or the shape of it, the host has to wait for.
@@ -117,18 +118,7 @@ def test_company_does_not_matter_whoever_joins_leaves_or_is_cancelled(layers: Ti
     rng = random.Random(seed)
     requests = mixed(layers, 8, seed)
     running = decoder(layers, mode)
-    waiting, results, cancelled = list(requests), {}, set()
-    while len(results) + len(cancelled) < len(requests):
-        joining = waiting[: rng.randrange(running.rows.num_free + 1)]
-        waiting = waiting[len(joining) :]
-        results |= {r.request_id: r for r in running.admit(joining)}
-        held = [running.rows.row(i).request.request_id for i in running.rows.in_use]
-        if held and rng.random() < 0.1:
-            cancelled.add(victim := rng.choice(held))
-            assert running.cancel(victim)
-        if running.rows.in_use:
-            results |= {r.request_id: r for r in running.round()[0]}
-    running.rows.check_integrity()
+    results, cancelled = in_any_company(running, requests, rng)
     assert_same(layers, [r for r in requests if r.request_id not in cancelled], results)
 
 
