@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +25,7 @@ from model.decoding.beam_plan import DRAFT_FREE
 from model.decoding.beam_tree import BeamTree
 from model.decoding.budget import measured_budget
 from model.decoding.catalog_index import CatalogIndex
+from model.decoding.filters import Attributes
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.profile import Profile
 from model.decoding.request import ListRequest
@@ -66,6 +68,11 @@ class Bundle:
     draft: Draft | None
     plain_draft: Draft | None
 
+    @cached_property
+    def attributes(self) -> Attributes:
+        """The catalog's, laid out for filters: once for all decoders."""
+        return Attributes.of(self.catalog, self.trie)
+
     def list_decoder(
         self,
         *,
@@ -83,7 +90,7 @@ class Bundle:
             self.target,
             draft or self.draft,
             catalog.trie if catalog else self.trie,
-            catalog.attributes if catalog else self.catalog,
+            catalog.attributes if catalog else self.attributes,
             num_rows=num_rows,
             max_history_items=self.info.max_history_items,
             max_k=max_k,
@@ -101,7 +108,7 @@ class Bundle:
         return BeamDecoder(
             self.target,
             catalog.trie if catalog else self.trie,
-            catalog.attributes if catalog else self.catalog,
+            catalog.attributes if catalog else self.attributes,
             num_rows=num_rows,
             max_history_items=self.info.max_history_items,
             max_k=max_k,

@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM
 
 from model.bench.beam_plain import PlainBeams
 from model.bench.beam_plot import plot
-from model.bench.decode import NEAR_TIES, machine
+from model.bench.decode import NEAR_TIES, held_out_items, machine
 from model.bench.peers.item_prefixes import ItemPrefixes
 from model.bundle import Bundle, BundleError, load_bundle
 from model.catalog import Catalog
 from model.config import RecipeError, load_recipe, with_data
-from model.data.histories import histories, last_cases
-from model.data.movielens import DataError, read_movielens
+from model.data.histories import last_cases
+from model.data.movielens import DataError
 from model.decoding.beam_decoder import BeamDecoder
 from model.decoding.beam_measure import measured_plan
 from model.decoding.beam_plan import ATSPEED, DRAFT_FREE, TREE_ATTENTION, Plan
@@ -95,16 +95,7 @@ class Subject:
 def of_bundle(bundle: Bundle, folder: Path, data: Path, users: int = 0) -> Subject:
     """A bundle and its held-out MovieLens users: everything but the last ten items, and then the next one. Raises
     DataError."""
-    codes = {item.item_id: item.codes for item in bundle.catalog.items}
-    by_user = {h.user_id: h for h in histories(read_movielens(data))}
-    names = bundle.info.report.get("held_out_users", [])
-    if not names:
-        raise DataError("the bundle's report names no held-out users")
-    try:
-        items = {name: [codes[i] for i in by_user[name].item_ids] for name in names}
-    except KeyError as exc:
-        raise DataError(f"{data} is not what the bundle was trained on: {exc} is unknown") from exc
-    cases = tuple(Case(name, tuple(found[:-10]), found[-10]) for name, found in items.items())
+    cases = tuple(Case(name, tuple(found[:-10]), found[-10]) for name, found in held_out_items(bundle, data).items())
     return Subject(
         bundle.info.name,
         bundle.target,

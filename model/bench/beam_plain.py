@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from model.data.batches import padded_tokens
 from model.decoding.beam_choice import best, joint_scores
 from model.decoding.beam_draft import LevelHeads
 from model.decoding.beam_request import BeamRequest
@@ -38,8 +39,8 @@ class PlainBeams:
         """The `k` most likely next items of each request, best first."""
         rows, k = len(requests), self.k
         prompts = [self.target.vocabulary.prompt(r.history[-self.max_history_items :]) for r in requests]
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts])
+        tokens = padded_tokens(prompts)
+        longest = tokens.shape[1]
         length = torch.tensor([len(p) for p in prompts])
         positions = torch.arange(longest).expand(rows, -1)
         at = Write(torch.arange(rows)[:, None] * k, positions, 0, 0 if rows == 1 else None)

@@ -30,6 +30,7 @@ from model.decoding.request import ListRequest, ListResult
 from model.decoding.topology import Budget, best_trees
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
+from model.semantic_id import Codes
 from model.train.evaluate import quality
 
 # Nats between the two best legal tokens below which rounding may decide, by number format.
@@ -37,17 +38,22 @@ NEAR_TIES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 Record = dict[str, Any]
 
 
-def held_out_requests(bundle: Bundle, data: Path, k: int, users: int = 0) -> list[ListRequest]:
-    """One request per held-out user: everything but the last ten items, whatever `k`. Raises DataError."""
+def held_out_items(bundle: Bundle, data: Path) -> dict[str, list[Codes]]:
+    """The items of each held-out user, oldest first. Raises DataError."""
     codes = {item.item_id: item.codes for item in bundle.catalog.items}
     by_user = {h.user_id: h for h in histories(read_movielens(data))}
     names = bundle.info.report.get("held_out_users", [])
     if not names:
         raise DataError("the bundle's report names no held-out users")
     try:
-        found = [ListRequest(u, tuple(codes[i] for i in by_user[u].item_ids[:-10]), k) for u in names]
+        return {name: [codes[item] for item in by_user[name].item_ids] for name in names}
     except KeyError as exc:
         raise DataError(f"{data} is not what the bundle was trained on: {exc} is unknown") from exc
+
+
+def held_out_requests(bundle: Bundle, data: Path, k: int, users: int = 0) -> list[ListRequest]:
+    """One request per held-out user: everything but the last ten items, whatever `k`. Raises DataError."""
+    found = [ListRequest(name, tuple(items[:-10]), k) for name, items in held_out_items(bundle, data).items()]
     return found[:users] if users else found
 
 

@@ -20,20 +20,13 @@ from typing import Any
 
 import torch
 
-from model.config import DataConfig, RecipeError, load_recipe, with_data
-from model.data.amazon import is_amazon, read_split
-from model.data.histories import Case, History, Split, cases, histories, split_users
-from model.data.movielens import DataError, read_movielens
+from model.config import RecipeError, load_recipe, with_data
+from model.data.histories import Case, History, cases
+from model.data.movielens import DataError
+from model.data.splits import read_split
 from model.train.evaluate import quality
 
 NAME = "cases"
-
-
-def split_of(folder: Path, config: DataConfig) -> Split:
-    """As `padrec train` splits. Raises DataError."""
-    if is_amazon(folder):
-        return read_split(folder, config)
-    return split_users(histories(read_movielens(folder)), config)
 
 
 def write_cases(path: Path, asked: Sequence[tuple[str, Sequence[str], str]]) -> None:
@@ -120,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         recipe = with_data(load_recipe(options.recipe), options.data)
-        split = split_of(Path(recipe.data.folder), recipe.data)
+        split = read_split(Path(recipe.data.folder), recipe.data)
     except (RecipeError, DataError, OSError) as exc:
         print(f"sasrec: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 2

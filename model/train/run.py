@@ -28,8 +28,9 @@ from model.bundle import save_manifest
 from model.catalog import Catalog
 from model.config import DraftConfig, Recipe, RecipeError, load_recipe, with_data
 from model.data import amazon
-from model.data.histories import Case, History, Split, cases, histories, last_cases, split_users
+from model.data.histories import Case, History, cases, last_cases
 from model.data.movielens import DataError, read_movielens
+from model.data.splits import read_split
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.profile import PROFILE_RANKS, Profile, measured_profile
@@ -105,7 +106,7 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder, self.data = recipe, folder, Path(recipe.data.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.split = self._read_split()
+        self.split = read_split(self.data, recipe.data)
 
     def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Run a stage unless it is done; returns what it reported. Raises RecipeError when it was done with other
@@ -154,11 +155,6 @@ class Run:
             self.stage(f"{ABLATION}/{name}", lambda folder, name=name: self.run_compared(folder, name))  # type: ignore[misc]
 
     # ---- the data ---------------------------------------------------------------------------------------------
-
-    def _read_split(self) -> Split:
-        if amazon.is_amazon(self.data):
-            return amazon.read_split(self.data, self.recipe.data)
-        return split_users(histories(read_movielens(self.data)), self.recipe.data)
 
     @property
     def cases(self) -> list[Case]:
