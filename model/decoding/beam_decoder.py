@@ -28,6 +28,9 @@ from model.decoding.request import InvalidRequest
 from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie
 from model.kv_cache import Sight, TreeSight, Write
+from model.native.beams import Asked, NativeBeams
+from model.native.kernel import NativeLinear
+from model.native.tables import NativeCache, NativeTrie
 from model.target import Target
 
 Tensor = torch.Tensor
@@ -71,6 +74,7 @@ class BeamDecoder:
         self._draft_seconds = 0.0
         filters = FilterTable(catalog, trie, num_rows)
         self.rows = BeamRows(num_rows, self.tree, filters, max_history_items, room, target.hidden_size, self.max_k)
+        self.native = self._native()
 
     def validate(self, request: BeamRequest) -> None:
         """Raises InvalidRequest for content this decoder cannot decode."""
@@ -107,47 +111,53 @@ class BeamDecoder:
 
     def _prefill(self, indices: list[int]) -> None:
         """Read the prompts of newly placed rows in one pass, with what rides along, and walk."""
-        held = [self.rows.row(i) for i in indices]
-        vocabulary, device = self.target.vocabulary, self.target.device
+        held, vocabulary = [self.rows.row(i) for i in indices], self.target.vocabulary
         prompts = [vocabulary.prompt(row.request.history[-row.history_used :]) for row in held]
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-        length = torch.tensor([len(p) for p in prompts], device=device)
-        rows = torch.tensor(indices, device=device)
-        self.rows.prompt[rows] = length
         for row, prompt in zip(held, prompts, strict=True):
             row.prompt, row.whole = len(prompt), len(self.tree.first_codes)
         ways = [self._ahead(row, len(indices), True) for row in held]
-        nodes = torch.empty(len(indices), 0, dtype=torch.int64, device=device)
-        if Ahead.WHOLE in ways:
-            wanted = torch.tensor([way is Ahead.WHOLE for way in ways], device=device)
-            nodes = torch.where(wanted[:, None], self.tree.first_codes, self.tree.nowhere)
-        asked = [place for place, way in enumerate(ways) if way is Ahead.DRAFT]
-        if asked:
-            root = torch.zeros(len(asked), 1, dtype=torch.int64, device=device)
-            start = Beams(root, torch.zeros(root.shape, device=device))
-            self._search([indices[place] for place in asked], tokens[asked], length[asked], start, 0, ())
-            nodes = torch.cat([nodes, self._guessed(held)], dim=1)
-        features = self._read(indices, rows, nodes, (tokens, length))
-        self._walk(indices, rows)
-        for place in asked:
+        before = [place for place, way in enumerate(ways) if way is Ahead.DRAFT]
+        after = [place for place, row in enumerate(held) if self._drafts_after(row, len(indices))]
+        if before:
+            root = torch.zeros(len(before), 1, dtype=torch.int64, device=self.target.device)
+            start = Beams(root, torch.zeros(root.shape, device=root.device))
+            self._search([indices[place] for place in before], [prompts[place] for place in before], start, 0, ())
+        layers = self.draft.feature_layers if after and self.draft is not None else ()
+        features = self._advance(indices, held, ways, prompts, layers)
+        for place in before:
             self.plan.observe(Seen(held[place].wanted, held[place].draft_tokens, self._done(indices[place])))
-        if self.draft is not None and not self.draft.rides_with_prompt:
-            asked = [p for p, row in enumerate(held) if self._ahead(row, len(indices), True) is Ahead.DRAFT]
-            if asked:
-                picked = rows[asked]
-                width = max(held[place].beams for place in asked)
-                found, scores = self.rows.beam[picked, :width], self.rows.score[picked, :width]
-                start = Beams(found, scores.masked_fill(found == self.tree.nowhere, float("-inf")))
-                of = tuple(feature[asked] for feature in features)
-                self._search([indices[place] for place in asked], tokens[asked], length[asked], start, 1, of)
+        after = [place for place in after if held[place].level == 1]
+        if after:
+            picked = torch.tensor([indices[place] for place in after], device=self.target.device)
+            width = max(held[place].beams for place in after)
+            found, scores = self.rows.beam[picked, :width], self.rows.score[picked, :width]
+            start = Beams(found, scores.masked_fill(found == self.tree.nowhere, float("-inf")))
+            longest = max(len(prompts[place]) for place in after)
+            of = tuple(feature[after, :longest] for feature in features)
+            self._search([indices[place] for place in after], [prompts[place] for place in after], start, 1, of)
+
+    def _drafts_after(self, row: BeamRow, rows: int) -> bool:
+        """Whether to draft for a row from the first codes its prompt's pass will choose. Asked before that pass, which
+        need not keep features otherwise: so by what the catalog's beams have below them on average."""
+        draft = self.draft
+        if draft is None or draft.rides_with_prompt or self._draft_to <= 1 or not row.request.speculation:
+            return False
+        alone, below = (round(row.wanted * of[1]) for of in (self.tree.deciding, self.tree.whole))
+        whole = below if below <= self._limit(row) else None
+        return self.plan.ahead(Question(rows, 1, row.wanted, alone, whole, True)) is Ahead.DRAFT
 
     def _search(
-        self, indices: list[int], tokens: Tensor, length: Tensor, start: Beams, level: int, features: tuple[Tensor, ...]
+        self,
+        indices: list[int],
+        prompts: Sequence[Sequence[int]],
+        start: Beams,
+        level: int,
+        features: tuple[Tensor, ...],
     ) -> None:
         """Let the draft search from `start`; what it proposes waits in the rows for their next pass."""
         assert self.draft is not None
         started, held = time.perf_counter(), [self.rows.row(i) for i in indices]
+        tokens, length = self._padded(prompts)
         lots = [
             Lot(row.seed, row.request.replacement) if row.request.verification == "relaxed" else None for row in held
         ]
@@ -174,12 +184,10 @@ class BeamDecoder:
         """Advance every row in use by one pass. Returns the answers it completed, and what it did."""
         started = time.perf_counter()
         indices = self.rows.in_use
-        rows = torch.tensor(indices, device=self.target.device)
         held = [self.rows.row(i) for i in indices]
         before = [(row.accepted, row.forced, row.draft_tokens, row.used) for row in held]
         guessed = [row.guessed is not None for row in held]
-        self._read(indices, rows, self._wanted(indices, rows, held))
-        self._walk(indices, rows)
+        self._advance(indices, held, [self._ahead(row, len(indices)) for row in held])
         seconds = time.perf_counter() - started
         for index, row, was in zip(indices, held, guessed, strict=True):
             row.rounds += 1
@@ -206,14 +214,13 @@ class BeamDecoder:
         return [self.rows.finish(i) for i in indices if self._done(i)], stats
 
     def _ahead(self, row: BeamRow, rows: int, fresh: bool = False) -> Ahead:
-        """What rides along with a row; a draft can be asked while the row is `fresh`."""
+        """What rides along with a row; a draft that rides with the prompt can be asked while the row is `fresh`."""
         if row.level == self.trie.num_levels or not row.request.speculation:
             return Ahead.NOTHING
         if row.guessed is not None:
             return Ahead.DRAFT
         whole = row.whole if row.whole <= self._limit(row) else None
-        can = fresh and self.draft is not None and row.level == (0 if self.draft.rides_with_prompt else 1)
-        can = can and row.level < self._draft_to
+        can = fresh and self.draft is not None and self.draft.rides_with_prompt and self._draft_to > 0
         return self.plan.ahead(Question(rows, row.level, row.wanted, row.alone, whole, can))
 
     @property
@@ -225,19 +232,73 @@ class BeamDecoder:
         """Nodes a row may pass over now, so that there is room left for its beams alone at every level to come."""
         return self.rows.room - row.used - row.wanted * max(0, self.trie.num_levels - 2 - row.level)
 
-    def _wanted(self, indices: list[int], rows: Tensor, held: list[BeamRow]) -> Tensor:
-        """Nodes [B, n] of the next pass: every row's beams, and what rides along. May name a node twice."""
-        beams = self.rows.beam[rows, : max(row.beams for row in held)]
-        ways = [self._ahead(row, len(indices)) for row in held]
-        parts = [beams]
-        if self.tree.has_chains:  # through single children to the next decision: it rides for free
-            chain = beams
-            for _ in range(self.trie.num_levels - 2):
-                chain = self.tree.only_child.take(chain)
-                parts.append(chain)
-        if Ahead.WHOLE in ways:
-            wanted = torch.tensor([way is Ahead.WHOLE for way in ways], device=rows.device)
-            parts.append(self.tree.decisions_below(beams.masked_fill(~wanted[:, None], self.tree.nowhere)))
+    def _advance(
+        self,
+        indices: list[int],
+        held: list[BeamRow],
+        ways: list[Ahead],
+        prompts: Sequence[Sequence[int]] = (),
+        layers: Sequence[int] = (),
+    ) -> tuple[Tensor, ...]:
+        """A pass over the rows, after their `prompts` if these are new, and as far as they walk then. Returns the
+        outputs [B, P, d] of `layers` over the prompts."""
+        if self.native is None:
+            rows = torch.tensor(indices, device=self.target.device)
+            nodes = self._wanted(rows, held, ways, bool(prompts))
+            features = self._read(indices, rows, nodes, prompts, layers)
+            self._walk(indices, rows)
+            return features
+        asked = []
+        for place, (index, row, way) in enumerate(zip(indices, held, ways, strict=True)):
+            given = (way is Ahead.WHOLE, not row.drafted, prompts[place] if prompts else (), row.guessed)
+            asked.append(Asked(index, row.wanted, row.level, row.beams, row.settled, self._limit(row), *given))
+            row.guessed = None
+        told, outputs = self.native(asked, self.rows.state(), layers)
+        for row, one in zip(held, told, strict=True):
+            row.used += one.read
+            row.draft_tokens += max(0, one.read - row.alone)
+            row.accepted += one.accepted
+            row.forced += one.forced
+            row.level, row.beams, row.settled = one.level, one.beams, bool(one.settled)
+            row.alone, row.whole = one.alone, one.below
+        relaxed = [index for index, row in zip(indices, held, strict=True) if row.drafted]
+        if relaxed:
+            self._walk(relaxed, torch.tensor(relaxed))
+        lengths = [len(prompt) for prompt in prompts]
+        return tuple(torch.nn.utils.rnn.pad_sequence(output.split(lengths), batch_first=True) for output in outputs)
+
+    def _native(self) -> NativeBeams | None:
+        """The compiled pass, where it can run the target."""
+        target, tree = self.target, self.tree
+        if target.native is None or not isinstance(target.head, NativeLinear):
+            return None
+        trie, cache = NativeTrie(self.trie, target.head), NativeCache(self.cache, target.rotations)
+        return NativeBeams(trie, tree.tables(), tree.nowhere, tree.has_chains, target.native, cache)
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """The tokens [B, P] and the length [B] of prompts."""
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=self.target.device)
+        return tokens, torch.tensor([len(p) for p in prompts], device=self.target.device)
+
+    def _wanted(self, rows: Tensor, held: list[BeamRow], ways: list[Ahead], fresh: bool) -> Tensor:
+        """Nodes [B, n] of the next pass: every row's beams (`fresh` rows have none), and what rides along. May name a
+        node twice."""
+        whole = torch.tensor([way is Ahead.WHOLE for way in ways], device=rows.device)[:, None]
+        if fresh:
+            parts = [rows.new_empty(len(rows), 0)]
+            if Ahead.WHOLE in ways:
+                parts.append(torch.where(whole, self.tree.first_codes, self.tree.nowhere))
+        else:
+            beams = self.rows.beam[rows, : max(row.beams for row in held)]
+            parts = [beams]
+            if self.tree.has_chains:  # through single children to the next decision: it rides for free
+                chain = beams
+                for _ in range(self.trie.num_levels - 2):
+                    chain = self.tree.only_child.take(chain)
+                    parts.append(chain)
+            if Ahead.WHOLE in ways:
+                parts.append(self.tree.decisions_below(beams.masked_fill(~whole, self.tree.nowhere)))
         if Ahead.DRAFT in ways:
             parts.append(self._guessed(held))
         return torch.cat(parts, dim=1)
@@ -251,11 +312,19 @@ class BeamDecoder:
         return torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=self.tree.nowhere)
 
     def _read(
-        self, indices: list[int], rows: Tensor, nodes: Tensor, prompt: tuple[Tensor, Tensor] | None = None
+        self,
+        indices: list[int],
+        rows: Tensor,
+        nodes: Tensor,
+        prompts: Sequence[Sequence[int]] = (),
+        layers: Sequence[int] = (),
     ) -> tuple[Tensor, ...]:
-        """The target's pass over `nodes` [B, n] (what is known, settled or too much left out), with the prompts'
-        tokens [B, P] of length [B] before them. Returns the features [B, P, d] the draft asks for."""
+        """The target's pass over `nodes` [B, n] (what is known, settled or too much left out), with the rows' `prompts`
+        before them. Returns the outputs [B, P, d] of `layers` over the prompts."""
         held = [self.rows.row(i) for i in indices]
+        prompt = self._padded(prompts) if prompts else None
+        if prompt is not None:
+            self.rows.prompt[rows] = prompt[1]
         nodes, counts = self._fresh(indices, rows, nodes, held)
         base, used = self.rows.prompt[rows], self.rows.used[rows]
         order = torch.arange(nodes.shape[1], device=rows.device)
@@ -277,7 +346,6 @@ class BeamDecoder:
             tokens, rotary = torch.cat([prompt[0], tokens], 1), torch.cat([along, rotary], 1)
             stored, committed = torch.cat([along, stored], 1), torch.cat([along + 1, committed], 1)
             paths, valid = torch.cat([none, paths], 1), torch.cat([along < prompt[1][:, None], valid], 1)
-        layers = self.draft.feature_layers if prompt is not None and self.draft is not None else ()
         if prompt is not None and not nodes.shape[1]:
             # Nothing rides: an ordinary prompt, which attention knows without a mask.
             at = Write(rows[:, None], stored, indices[0], 0 if len(indices) == 1 else None)
@@ -295,7 +363,7 @@ class BeamDecoder:
         return tuple(feature[:, :before] for feature in features)
 
     def _pass(
-        self, indices: list[int], rows: Tensor, told: tuple[Tensor, ...], reach: int, layers: tuple[int, ...]
+        self, indices: list[int], rows: Tensor, told: tuple[Tensor, ...], reach: int, layers: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The target's pass over the `rows` alone. Where torch runs the layers it reads rows 0..highest of the cache:
         the rows between are padding then."""

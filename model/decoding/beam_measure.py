@@ -31,8 +31,7 @@ def measured_plan(decoder: BeamDecoder, requests: Sequence[BeamRequest], repeats
     """Time passes over `requests` (repeated as needed) at every load up to the decoder's rows. The decoder must be
     idle; it is idle again afterwards, and its plan is the one returned."""
     num_rows, tree = len(decoder.rows.held), decoder.tree
-    plan = MeasuredPlan({}, tree.deciding, tree.whole, decoder.draft_width, decoder.max_nodes)
-    rehearsal = Rehearsal("rehearsal", Ahead.DRAFT, plan.draft_to, plan.below)
+    rehearsal = Rehearsal("rehearsal", Ahead.DRAFT, MeasuredPlan.draft_to, MeasuredPlan.below)
     costs = {}
     for load in [load for load in LOADS if load < num_rows] + [num_rows]:
         points: list[tuple[int, float]] = []
@@ -49,7 +48,7 @@ def measured_plan(decoder: BeamDecoder, requests: Sequence[BeamRequest], repeats
                     ]
         each, node = line(points)
         costs[load] = Cost(each, node, median(drafting) / load if drafting else 0.0)
-    plan.costs = costs
+    plan = MeasuredPlan(costs, tree.deciding, tree.whole, decoder.draft_width, decoder.max_nodes)
     for seen in rehearsal.heard:
         plan.observe(seen)
     decoder.plan = plan

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 PRIOR = 8.0  # drafts that the assumption "every second one is right" is worth
 FADE = 0.98  # of what was seen, a draft
 MAX_FIRST_CODES = 128  # that ride in every prompt's pass by a fixed plan: more cost more than the pass they save
-PROBE_EVERY = 64  # requests that could have been drafted and were not
+PROBE_EVERY = 256  # requests that could have been drafted and were not
 
 
 class Ahead(Enum):
@@ -119,18 +119,21 @@ class MeasuredPlan:
     draft_to: int = 2
     below: bool = True
     _seen: dict[int, list[float]] = field(default_factory=dict)
+    _left: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _refused: int = 0
 
     def ahead(self, question: Question) -> Ahead:
         cost = self._cost(question.rows)
         share = cost.each / question.rows if question.level else 0.0  # the prompt's pass is paid for anyway
-        prices = {Ahead.NOTHING: share + cost.node * question.alone + self.left(question, question.level + 1)}
+        prices = {
+            Ahead.NOTHING: share + cost.node * question.alone + self.left(question.rows, question.k, question.level + 1)
+        }
         if question.whole is not None:
-            after = self.left(question, 2) if question.level == 0 else 0.0
+            after = self.left(question.rows, question.k, 2) if question.level == 0 else 0.0
             prices[Ahead.WHOLE] = share + cost.node * question.whole + after
         if question.draft and question.level < len(self.whole):
             tried, hits, nodes = self._of(question.k)
-            missed = (1 - hits / tried) * self.left(question, question.level + 1)
+            missed = (1 - hits / tried) * self.left(question.rows, question.k, question.level + 1)
             prices[Ahead.DRAFT] = share + cost.draft + cost.node * (question.alone + nodes / tried) + missed
         cheapest = min(prices, key=lambda way: prices[way])
         if Ahead.DRAFT in prices and cheapest is not Ahead.DRAFT:  # tried now and then: it may pay again
@@ -138,16 +141,19 @@ class MeasuredPlan:
             return cheapest if self._refused % PROBE_EVERY else Ahead.DRAFT
         return cheapest
 
-    def left(self, question: Question, level: int) -> float:
-        """Seconds from beams at `level` to the end without a draft, by the catalog's averages."""
+    def left(self, rows: int, k: int, level: int) -> float:
+        """Seconds from `k` beams at `level` to the end without a draft, by the catalog's averages."""
         if level >= len(self.deciding):
             return 0.0
-        cost, deciding = self._cost(question.rows), self.deciding[level]
-        # A pass is needed unless no beam has a choice left.
-        share = (1 - (1 - deciding) ** question.k) * cost.each / question.rows
-        alone = share + cost.node * question.k * deciding + self.left(question, level + 1)
-        whole = question.k * self.whole[level]
-        return min(alone, share + cost.node * whole) if whole <= self.room else alone
+        if (rows, k, level) not in self._left:
+            cost, deciding = self._cost(rows), self.deciding[level]
+            # A pass is needed unless no beam has a choice left.
+            share = (1 - (1 - deciding) ** k) * cost.each / rows
+            alone = share + cost.node * k * deciding + self.left(rows, k, level + 1)
+            whole = k * self.whole[level]
+            found = min(alone, share + cost.node * whole) if whole <= self.room else alone
+            self._left[rows, k, level] = found
+        return self._left[rows, k, level]
 
     def observe(self, seen: Seen) -> None:
         found = self._of(seen.k)
@@ -155,7 +161,7 @@ class MeasuredPlan:
             found[place] = FADE * found[place] + value
 
     def over(self, deciding: Sequence[float], whole: Sequence[float]) -> "MeasuredPlan":
-        return replace(self, deciding=deciding, whole=whole)
+        return replace(self, deciding=deciding, whole=whole, _left={})
 
     def _of(self, k: int) -> list[float]:
         """Drafts tried, drafts that were right, nodes they took, of requests of about `k` beams."""

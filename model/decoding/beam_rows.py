@@ -21,6 +21,7 @@ from model.decoding.held_rows import HeldRows
 from model.decoding.request import ScoredItem, SpeculationStats
 from model.decoding.sampling import fresh_seed
 from model.item_trie import Availability
+from model.native.beams import BeamState
 
 Tensor = torch.Tensor
 
@@ -89,6 +90,15 @@ class BeamRows(HeldRows[BeamRow]):
         self.last = torch.zeros(num_rows, size, device=trie.device)
         self.beam = whole.new_full((num_rows, k), tree.nowhere)
         self.score = torch.zeros(num_rows, k, device=trie.device)
+        self._state: BeamState | None = None
+
+    def state(self) -> BeamState:
+        """Everything as compiled passes take it; the same object as long as no tensor is another one."""
+        read = (self.excluded, self.filter_slot, self.filters.passing)
+        if self._state is None or any(new is not old for new, old in zip(read, self._state[-3:], strict=True)):
+            changed = (self.prompt, self.used, self.nodes, self.beam, self.hidden, self.last, self.score)
+            self._state = BeamState(*changed, *read)
+        return self._state
 
     def may(self, rows: Tensor) -> Availability:
         return Availability(self.filters.passing, self.filter_slot[rows], self.excluded[rows])
@@ -121,10 +131,10 @@ class BeamRows(HeldRows[BeamRow]):
     def finish(self, index: int) -> BeamResult:
         """The items of a row whose beams are leaves; it is free afterwards."""
         row, trie = self.row(index), self.tree.trie
-        scores, order = self.score[index, : row.beams].sort(descending=True, stable=True)
-        leaves = (self.beam[index, : row.beams][order] - trie.first_leaf).tolist()
-        found = zip(leaves, scores.tolist(), strict=True)
-        items = tuple(ScoredItem(tuple(trie.sorted_codes[leaf].tolist()), score) for leaf, score in found)
+        beams = zip(self.beam[index, : row.beams].tolist(), self.score[index, : row.beams].tolist(), strict=True)
+        best = sorted(beams, key=lambda beam: -beam[1])  # stable: ties stay in the order of their codes
+        codes = trie.sorted_codes[[node - trie.first_leaf for node, _ in best]].tolist()
+        items = tuple(ScoredItem(tuple(found), score) for found, (_, score) in zip(codes, best, strict=True))
         stats = SpeculationStats(row.rounds, row.draft_tokens, row.accepted, row.forced)
         self.free(index)
         return BeamResult(

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from model.item_trie import Availability, ItemTrie
+from model.native.beams import TreeTables
 
 Tensor = torch.Tensor
 Table = npt.NDArray[np.int64]
@@ -93,6 +94,12 @@ class BeamTree:
         )
         self.has_chains = bool((self.only_child != self.nowhere).any())
         self.first_codes = self._decisions[trie.depth[self._decisions] == 1]
+
+    def tables(self) -> TreeTables:
+        """Everything as compiled passes take it."""
+        return TreeTables(
+            self.parent, self.token, self.only_child, self._decisions, self._first, self.below, self.first_codes
+        )
 
     def available(self, nodes: Tensor, may: Availability) -> Tensor:
         """How many leaves below `nodes` [B, M] the rows may emit."""

@@ -106,10 +106,13 @@ class HeldRows(ABC, Generic[R]):
         banned = set(request.exclude) | (set(request.history) if request.exclude_history else set())
         leaves = torch.tensor(sorted(self._leaf(codes) for codes in banned), dtype=torch.int64)
         slot = self.filters.acquire(request.filters)
-        passing = self.filters.counts(slot)
-        nodes = self.trie.first_leaf + leaves
-        leaves = leaves[passing[nodes + 1] > passing[nodes]]
-        available = int(passing[-1]) - len(leaves)
+        passing = self.trie.num_items
+        if slot:  # slot 0 is no filter
+            counts = self.filters.counts(slot)
+            nodes = self.trie.first_leaf + leaves
+            leaves = leaves[counts[nodes + 1] > counts[nodes]]
+            passing = int(counts[-1])
+        available = passing - len(leaves)
         degraded = []
         if available < request.k:
             degraded.append(("fewer_items", f"Only {available} items pass the filters and exclusions."))

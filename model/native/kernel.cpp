@@ -133,26 +133,39 @@ template <class Work> INLINE bool impossible(const Work *p, int64_t asking, int6
     return false;
 }
 
+/* The tokens asked, in parts: those of one row, side by side, read the same keys and share what is in the cache. */
+static std::vector<int64_t> in_parts(const Pass *p, const int64_t *asked, int64_t asking) {
+    std::vector<int64_t> part;
+    for (int64_t a = 0; a < asking; a++) {
+        const int64_t t = asked ? asked[a] : a, before = a && asked ? asked[a - 1] : t - 1;
+        if (!a || p->row[t] != p->row[before] || a - part.back() == SHARING) part.push_back(a);
+    }
+    part.push_back(asking);
+    return part;
+}
+
 extern "C" {
 
-/* `hidden` [n, size] after the last norm; the outputs of `feature_layers`, the last layer's replaced by `hidden`.
- * Returns 1, having done nothing, when a number points outside the cache or a table. */
+/* `hidden` [asking, size] after the last norm; the outputs [n, size] of `feature_layers`, the last layer's replaced by
+ * what would be `hidden` (all must be asked then). Returns 1, having done nothing, when a number points outside the cache or a table. */
 int padrec_pass(const Model *m, const Pass *p, int threads) {
     if (impossible(p, p->tokens, m->vocabulary)) return 1;
+    if (p->asked && outside(p->asked, p->asking, p->tokens)) return 1;
+    for (int64_t f = 0; p->asked && f < p->num_features; f++)
+        if (p->feature_layers[f] == m->layers - 1) return 1;
     const int64_t n = p->tokens, d = m->size, s = m->head_size, q = m->heads, g = m->kv_heads;
     const int64_t width = (q + 2 * g) * s, wide = padded(width, PANEL), mix = q * s, feed = padded(m->feed, PANEL / 2);
     const int64_t per_row = g * p->positions * s, per_kind = p->rows * per_row;
     const int64_t sight = p->positions + p->extra + 16;
-    std::vector<int64_t> part; /* tokens of one row, side by side, read the same keys: they share what is in the cache */
-    for (int64_t t = 0; t < n; t++)
-        if (!t || p->row[t] != p->row[t - 1] || t - part.back() == SHARING) part.push_back(t);
-    const int64_t parts = part.size();
-    part.push_back(n);
+    const std::vector<int64_t> all = in_parts(p, 0, n), some = in_parts(p, p->asked, p->asked ? p->asking : 0);
     float *x = room(n * (2 * d + wide + mix + feed) + threads * sight), *y = x + n * d, *qkv = y + n * d, *mixed = qkv + n * wide, *h = mixed + n * mix;
     float *scores = h + n * feed;
 #pragma omp parallel num_threads(threads)
     {
-        float *score = scores + omp_get_thread_num() * sight;
+        float *score = scores + omp_get_thread_num() * sight, *own_x = x, *own_y = y; /* of the tokens read on */
+        int64_t count = n;
+        const std::vector<int64_t> *part = &all;
+        const int64_t *asked = 0;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < n; t++) memcpy(x + t * d, m->embedding + p->token[t] * d, d * sizeof(float));
         for (int64_t l = 0; l < m->layers; l++) {
@@ -175,19 +188,26 @@ int padrec_pass(const Model *m, const Pass *p, int threads) {
                     memcpy(values + to + i * p->positions * s, own + (q + g + i) * s, s * sizeof(float));
                 }
             }
+            if (l == m->layers - 1 && p->asked) { /* keys and values are there: nobody reads the rest of the others */
+                asked = p->asked, count = p->asking, part = &some, own_x = y, own_y = x;
+#pragma omp for schedule(static)
+                for (int64_t a = 0; a < count; a++) memcpy(own_x + a * d, x + asked[a] * d, d * sizeof(float));
+            }
+            const int64_t parts = (int64_t)part->size() - 1;
 #pragma omp for collapse(2) schedule(static, 1) /* later tokens of a prompt see more: in turn */
             for (int64_t k = 0; k < parts; k++)
                 for (int64_t i = 0; i < q; i++)
-                    for (int64_t t = part[k]; t < part[k + 1]; t++) {
+                    for (int64_t a = (*part)[k]; a < (*part)[k + 1]; a++) {
+                    const int64_t t = asked ? asked[a] : a;
                     const int64_t from = p->row[t] * per_row + i / (q / g) * p->positions * s;
                     attend(qkv + t * wide + i * s, keys + from, values + from, s, p->committed[t],
-                           p->seen + t * p->stride, p->seeing[t], score, mixed + t * mix + i * s);
+                           p->seen + t * p->stride, p->seeing[t], score, mixed + a * mix + i * s);
                 }
-            linear<ADD>(mixed, mix, w->output, mix, x, d, d, w->output_bias, n);
+            linear<ADD>(mixed, mix, w->output, mix, own_x, d, d, w->output_bias, count);
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < n; t++) unit(x + t * d, y + t * d, d, m->norm_floor, 0);
-            linear<GATE>(y, d, w->gate_up, d, h, feed, 2 * feed, 0, n);
-            linear<ADD>(h, feed, w->down, m->feed, x, d, d, 0, n);
+            for (int64_t t = 0; t < count; t++) unit(own_x + t * d, own_y + t * d, d, m->norm_floor, 0);
+            linear<GATE>(own_y, d, w->gate_up, d, h, feed, 2 * feed, 0, count);
+            linear<ADD>(h, feed, w->down, m->feed, own_x, d, d, 0, count);
             for (int64_t f = 0; f < p->num_features; f++)
                 if (p->feature_layers[f] == l && l < m->layers - 1) {
 #pragma omp for schedule(static)
@@ -195,8 +215,8 @@ int padrec_pass(const Model *m, const Pass *p, int threads) {
                 }
         }
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < n; t++) {
-            unit(x + t * d, p->hidden + t * d, d, m->norm_floor, m->norm_scale);
+        for (int64_t t = 0; t < count; t++) {
+            unit(own_x + t * d, p->hidden + t * d, d, m->norm_floor, m->norm_scale);
             for (int64_t f = 0; f < p->num_features; f++)
                 if (p->feature_layers[f] == m->layers - 1)
                     memcpy(p->features[f] + t * d, p->hidden + t * d, d * sizeof(float));

@@ -82,7 +82,9 @@ class _Model(ctypes.Structure):
 class _Pass(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("tokens", "rows", "positions", "turns", "extra", "stride", "num_features")),
+        ("asking", _number),
         *((name, _pointer) for name in ("token", "row", "at", "position", "committed", "seeing", "feature_layers")),
+        ("asked", _pointer),
         *((name, _pointer) for name in ("seen", "rotations", "cache", "hidden", "features")),
     ]
 
@@ -117,6 +119,7 @@ def load() -> Any | None:
     library.padrec_pass.argtypes = [_pointer, _pointer, ctypes.c_int]
     library.padrec_read.argtypes = [_pointer, _pointer, ctypes.c_int]
     library.padrec_round.argtypes = [_pointer] * 8 + [ctypes.c_int]
+    library.padrec_beams.argtypes = [_pointer] * 6 + [ctypes.c_int]
     library.padrec_linear.argtypes = [_pointer] * 4 + [_number] * 3 + [ctypes.c_int]
     return library
 
@@ -209,8 +212,10 @@ class NativeTarget:
             extra,
             extra if len(places.seen) > 1 else 0,
             len(features),
+            count,
             *(tensor.data_ptr() for tensor in held[:6]),
             ctypes.addressof(layers),
+            None,
             held[6].data_ptr(),
             rotations.data_ptr(),
             cache.data_ptr(),

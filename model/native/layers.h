@@ -28,12 +28,13 @@ struct Model {
     const float *embedding, *norm_scale;
 };
 
-/* Tokens of one pass over a cache of `rows` rows of `positions`. `row`, `at`: where each is stored; `position`: its
+/* Tokens of one pass over a cache of `rows` rows of `positions`. Hidden states are wanted of the `asking` ones `asked`,
+ * ascending (null: of all), and what no other layer reads is computed for them alone. `row`, `at`: where each is stored; `position`: its
  * rotary position, below `turns`. It sees positions 0..committed-1 of its row, and committed + seen[i] for the first `seeing` (at most
  * `extra`) entries of its line of `seen`, which begins `stride` entries after the line before. */
 struct Pass {
-    int64_t tokens, rows, positions, turns, extra, stride, num_features;
-    const int64_t *token, *row, *at, *position, *committed, *seeing, *feature_layers;
+    int64_t tokens, rows, positions, turns, extra, stride, num_features, asking;
+    const int64_t *token, *row, *at, *position, *committed, *seeing, *feature_layers, *asked;
     const int32_t *seen;
     const float *rotations;
     float *cache, *hidden;

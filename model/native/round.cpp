@@ -6,19 +6,8 @@
  * Words as in model/decoding: a node of the draft tree is one choice and the forced run behind it; group 0 of a row is its
  * pending run, group 1 + j * width + i is node i of draft step j.
  */
-#include "layers.h"
-#include <algorithm>
+#include "tables.h"
 #include <chrono>
-
-/* The tables of an item trie (model/item_trie.py), and the target's head over item tokens: level l's columns begin at
- * `level_columns[l]`, a node's is `column`. */
-struct Trie {
-    int64_t items, levels, nodes, first_leaf, size;
-    const int64_t *leaf_start, *first_child, *column, *level_columns;
-    const int32_t *run_end, *item_tokens, *code;
-    const int8_t *depth;
-    const float *head;
-};
 
 /* The rows being decoded (model/decoding/rows.py), `rows` of them. `excluded` [rows, width] ascends and is padded with
  * `items`; `fresh_*` hold `gains` runs a row. `passing` [., nodes]: counts of filters (slot 0: no filter). */
@@ -30,13 +19,6 @@ struct State {
     const int64_t *filter_slot, *seed;
     const double *temperature, *top_p;
     const int32_t *passing;
-};
-
-/* A row cache of a network, and the rotations of its positions. */
-struct Cache {
-    int64_t rows, positions, turns;
-    const float *rotations;
-    float *data;
 };
 
 /* What a round is to do. Node i of step j of a row that begins at slot s hangs on node `parent[s, j, i]` of the step
@@ -104,17 +86,16 @@ double gumbel(uint64_t seed, uint64_t decision, uint64_t code) {
 }
 
 /* Room for one choice. */
-struct Legal {
-    std::vector<float> logits;
-    std::vector<int64_t> child;
+struct Wanted {
+    Legal legal;
     std::vector<double> wanted;
     std::vector<int64_t> order;
 };
 
 /* Keeps the smallest set of most likely ones whose mass reaches `top_p`; the others become -inf. Ties go to the first. */
-void cut(Legal *legal, double top_p) {
-    std::vector<double> &wanted = legal->wanted;
-    std::vector<int64_t> &order = legal->order;
+void cut(Wanted *choice, double top_p) {
+    std::vector<double> &wanted = choice->wanted;
+    std::vector<int64_t> &order = choice->order;
     double total = 0, before = 0;
     order.resize(wanted.size());
     for (size_t i = 0; i < wanted.size(); i++) order[i] = i, total += exp(wanted[i]);
@@ -131,62 +112,37 @@ void cut(Legal *legal, double top_p) {
  * token. */
 void choose(const Trie *t, const State *s, int64_t row, int64_t node, const float *hidden, const float *by_node,
             const int64_t *path, int64_t emitted, int ranks, bool scored, Choice *chosen) {
-    static thread_local Legal legal;
-    const int64_t first = t->first_child[node], last = t->first_child[node + 1], level = t->depth[node];
-    chosen->found = 0, chosen->score = 0;
-    if (level >= t->levels || first >= last) return;
-    const int64_t columns = t->level_columns[t->levels], children = padded(last - first, 16);
-    if ((int64_t)legal.logits.size() < columns + 2 * PANEL + children)
-        legal.logits.resize(columns + 2 * PANEL + children);
-    float *logits = legal.logits.data(), *own = logits + padded(columns, PANEL) + PANEL;
-    /* Only the panels that hold a child's column; each sums as the whole head does. */
-    for (int64_t p = t->column[first] / PANEL; !by_node && p <= t->column[last - 1] / PANEL; p++)
-        panel_rows<STORE, 1>(hidden, t->size, t->head + p * PANEL * t->size, t->size, logits + p * PANEL, 0, PANEL, 0);
+    static thread_local Wanted choice;
+    Legal &legal = choice.legal;
+    std::vector<double> &wanted = choice.wanted;
+    const int64_t *excluded = s->excluded + row * s->width;
     const int32_t *passing = s->filter_slot[row] ? s->passing + s->filter_slot[row] * t->nodes : nullptr;
-    const int64_t *end = s->excluded + (row + 1) * s->width;
-    const int64_t *excluded = std::lower_bound((const int64_t *)end - s->width, end, t->leaf_start[first]);
-    legal.child.clear();
-    float highest = -INFINITY;
-    for (int64_t c = first; c < last; c++) {
-        const int64_t low = t->leaf_start[c], high = t->leaf_start[c + 1];
-        int64_t available = passing ? passing[c + 1] - passing[c] : high - low;
-        for (; excluded < end && *excluded < high; excluded++) available--;
-        for (int64_t i = 0; i < emitted; i++) available -= low <= path[i] && path[i] < high;
-        if (available <= 0) continue;
-        const float logit = by_node ? by_node[c] : logits[t->column[c]];
-        highest = logit > highest ? logit : highest;
-        own[legal.child.size()] = logit;
-        legal.child.push_back(c);
-    }
+    chosen->found = 0, chosen->score = 0;
+    find_legal(t, {passing, excluded, excluded + s->width}, node, path, emitted, &legal);
     const int64_t count = legal.child.size();
     if (!count) return;
+    read_logits(t, hidden, by_node, &legal);
     const double temperature = s->temperature[row];
-    legal.wanted.resize(count);
+    wanted.resize(count);
     for (int64_t i = 0; i < count; i++)
-        legal.wanted[i] = temperature > 0 ? ((double)own[i] - (double)highest) / temperature : own[i];
+        wanted[i] = temperature > 0 ? ((double)legal.logit[i] - (double)legal.highest) / temperature : legal.logit[i];
     if (temperature > 0) {
-        if (s->top_p[row] < 1) cut(&legal, s->top_p[row]);
-        const int64_t decision = (s->written[row] + emitted) * t->levels + level;
-        for (int64_t i = 0; i < count; i++)
-            legal.wanted[i] += gumbel(s->seed[row], decision, t->code[legal.child[i]]);
+        if (s->top_p[row] < 1) cut(&choice, s->top_p[row]);
+        const int64_t decision = (s->written[row] + emitted) * t->levels + t->depth[node];
+        for (int64_t i = 0; i < count; i++) wanted[i] += gumbel(s->seed[row], decision, t->code[legal.child[i]]);
     }
     int64_t place[MOST_RANKS];
     for (int64_t i = 0; i < count; i++) {
-        if (legal.wanted[i] == -INFINITY) continue;
+        if (wanted[i] == -INFINITY) continue;
         int64_t at = chosen->found;
-        if (at == ranks && legal.wanted[i] <= legal.wanted[place[ranks - 1]]) continue;
+        if (at == ranks && wanted[i] <= wanted[place[ranks - 1]]) continue;
         if (at < ranks) chosen->found++;
         else at = ranks - 1;
-        for (; at > 0 && legal.wanted[i] > legal.wanted[place[at - 1]]; at--) place[at] = place[at - 1];
+        for (; at > 0 && wanted[i] > wanted[place[at - 1]]; at--) place[at] = place[at - 1];
         place[at] = i;
     }
     for (int64_t i = 0; i < chosen->found; i++) chosen->child[i] = legal.child[place[i]];
-    if (!scored || count == 1) return;
-    const float best = own[place[0]];
-    float total = 0;
-    for (int64_t i = 0; i < count; i += 16) store(own + i, exp16(load(own + i) - splat(highest)));
-    for (int64_t i = 0; i < count; i++) total += own[i];
-    chosen->score = best - highest - logf(total);
+    if (scored && count > 1) chosen->score = legal.logit[place[0]] - log_total(&legal);
 }
 
 /* Tokens of one pass or reading, and what each sees behind what its row has committed. */
@@ -378,8 +334,8 @@ struct Round {
         for (int64_t f = 0; f < p->num_features; f++) features->push_back(hidden->data() + (1 + f) * size);
         out->target_tokens = n;
         const Pass pass = {n, cache->rows, cache->positions, cache->turns, tokens.extra, tokens.extra, p->num_features,
-                           tokens.token.data(), tokens.row.data(), tokens.at.data(), tokens.position.data(),
-                           tokens.committed.data(), tokens.seeing.data(), p->feature_layers, tokens.seen.data(),
+                           n, tokens.token.data(), tokens.row.data(), tokens.at.data(), tokens.position.data(),
+                           tokens.committed.data(), tokens.seeing.data(), p->feature_layers, nullptr, tokens.seen.data(),
                            cache->rotations, cache->data, hidden->data(), features->data()};
         return padrec_pass(m, &pass, threads);
     }

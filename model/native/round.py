@@ -16,6 +16,7 @@ import torch
 from model.item_trie import ItemTrie
 from model.kv_cache import KVCache
 from model.native.kernel import NativeDraft, NativeLinear, NativeTarget, StepTerm, load
+from model.native.tables import NativeCache, NativeTrie
 
 Tensor = torch.Tensor
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
@@ -76,25 +77,10 @@ class RoundCounts(NamedTuple):
     target_tokens: int
 
 
-class _Trie(ctypes.Structure):
-    _fields_ = [
-        *((name, _number) for name in ("items", "levels", "nodes", "first_leaf", "size")),
-        *((name, _pointer) for name in ("leaf_start", "first_child", "column", "level_columns")),
-        *((name, _pointer) for name in ("run_end", "item_tokens", "code", "depth", "head")),
-    ]
-
-
 class _State(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("rows", "gains", "width")),
         *((name, _pointer) for name in RowState._fields),
-    ]
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [
-        *((name, _number) for name in ("rows", "positions", "turns")),
-        *((name, _pointer) for name in ("rotations", "data")),
     ]
 
 
@@ -132,17 +118,12 @@ class NativeRound:
         """`cache`: the target's rows and rotations; `draft`: the network, its rows and rotations, what its steps add,
         and the packed map from the outputs of the target's layers named last to its features; or, of a draft that is
         no network, its logits `by_node` [V]."""
-        sizes = trie.vocabulary.codebook_sizes
-        columns = torch.tensor([0, *sizes]).cumsum(0)
-        tables = (trie.leaf_start, trie.first_child, trie.column, columns, trie.run_end, trie.item_tokens)
-        read = (*tables, trie.code, trie.depth, head.packed)
-        shape = (trie.num_items, trie.num_levels, trie.num_nodes, trie.first_leaf, head.columns)
-        self._kept: list[object] = [trie, head, target, cache, draft, read]
+        self._trie = NativeTrie(trie, head)
+        self._kept: list[object] = [target, cache, draft]
         self._by_node = by_node
-        self._trie = _Trie(*shape, *(table.data_ptr() for table in read))
         self.levels, self._target, self._draft = trie.num_levels, target, draft
-        self._cache = _rows_of(*cache)
-        self._draft_cache = None if draft is None else _rows_of(draft[1], draft[2])
+        self._cache = NativeCache(*cache)
+        self._draft_cache = None if draft is None else NativeCache(draft[1], draft[2])
         terms = [] if draft is None else draft[3]
         layers = () if draft is None else draft[5]
         self._layers = (_number * len(layers))(*layers)
@@ -168,9 +149,9 @@ class NativeRound:
         outputs = (accepted, length, leaf, drafted, score, *parts)
         report = _Report(*(tensor.data_ptr() for tensor in outputs), 0, 0.0, 0.0)
         plan = self._plan(table, forced)
-        given = (ctypes.byref(self._trie), self._target.pointer, self._draft and self._draft[0].pointer)
-        held = (ctypes.byref(state), ctypes.byref(plan), ctypes.byref(self._cache))
-        cache = None if self._draft_cache is None else ctypes.byref(self._draft_cache)
+        given = (self._trie.pointer, self._target.pointer, self._draft and self._draft[0].pointer)
+        held = (ctypes.byref(state), ctypes.byref(plan), self._cache.pointer)
+        cache = None if self._draft_cache is None else self._draft_cache.pointer
         if library.padrec_round(*given, *held, cache, ctypes.byref(report), torch.get_num_threads()):
             raise IndexError("a token, node or position lies outside the model, the trie or the cache")
         gain = RowGain(accepted.tolist(), score.tolist(), leaf.tolist(), length.tolist(), drafted.tolist())
@@ -211,7 +192,3 @@ class NativeRound:
             )
             self._plans[key] = (plan, (table, arrays))
         return self._plans[key][0]
-
-
-def _rows_of(cache: KVCache, rotations: Tensor) -> _Cache:
-    return _Cache(cache.num_rows, cache.num_positions, len(rotations), rotations.data_ptr(), cache.data.data_ptr())

@@ -63,10 +63,15 @@ def test_each_load_has_its_own_costs_and_more_than_was_measured_has_the_last() -
 
 def test_what_is_left_after_the_last_decision_costs_nothing_and_never_less_than_nothing() -> None:
     measured = plan(DEAR_PASSES)
-    assert measured.left(QUESTION, 4) == 0
-    assert 0 < measured.left(QUESTION, 3) < measured.left(QUESTION, 2) <= measured.left(QUESTION, 1)
+    assert measured.left(QUESTION.rows, QUESTION.k, 4) == 0
+    assert (
+        0
+        < measured.left(QUESTION.rows, QUESTION.k, 3)
+        < measured.left(QUESTION.rows, QUESTION.k, 2)
+        <= measured.left(QUESTION.rows, QUESTION.k, 1)
+    )
     certain = plan(DEAR_PASSES, deciding=[1.0, 1.0, 0.0, 0.0], whole=[9.0, 9.0, 0.0, 0.0])
-    assert certain.left(QUESTION, 2) == 0
+    assert certain.left(QUESTION.rows, QUESTION.k, 2) == 0
 
 
 def test_a_draft_is_asked_while_it_is_right_and_given_up_when_it_is_not_and_tried_now_and_then() -> None:
@@ -98,7 +103,9 @@ def test_plans_keep_apart_what_they_have_seen() -> None:
     first = plan(DEAR_PASSES)
     first.observe(Seen(1, 5, hit=True))
     assert replace(plan(DEAR_PASSES))._seen == {}
-    assert first.left(QUESTION, 2) == pytest.approx(plan(DEAR_PASSES).left(QUESTION, 2))
+    assert first.left(QUESTION.rows, QUESTION.k, 2) == pytest.approx(
+        plan(DEAR_PASSES).left(QUESTION.rows, QUESTION.k, 2)
+    )
 
 
 def test_for_another_catalog_a_plan_keeps_what_it_learned_and_takes_the_catalogs_shape() -> None:
@@ -106,5 +113,5 @@ def test_for_another_catalog_a_plan_keeps_what_it_learned_and_takes_the_catalogs
     first.observe(Seen(1, 5, hit=False))
     other = first.over([1.0, 1.0, 1.0, 1.0], [900.0, 500.0, 90.0, 9.0])
     assert other._seen == first._seen and other.costs == first.costs
-    assert other.left(QUESTION, 2) > first.left(QUESTION, 2)
+    assert other.left(QUESTION.rows, QUESTION.k, 2) > first.left(QUESTION.rows, QUESTION.k, 2)
     assert ATSPEED.over([1.0], [1.0]) is ATSPEED

@@ -1,0 +1,277 @@
+/* A pass over beams on a CPU as one call: which nodes it reads, the target's pass, and how far the beams walk then.
+ *
+ * What is answered is what model/decoding/beam_decoder.py's tensors answer (they are the twin, and search on GPUs, in bf16
+ * and where verification is relaxed). Rows are changed in place; what the host has to know of a row comes back as a few
+ * numbers. Knows no requests.
+ *
+ * Words as in model/decoding: a row keeps every node it has passed over, with its hidden state, at a `place` behind its
+ * prompt; a beam is settled when one item is left below it.
+ */
+#include "tables.h"
+
+/* What beams look up besides (model/decoding/beam_tree.py), by node. `decisions` in depth-first order: `below` of them
+ * from `first` on lie at or below a node. `nowhere` pads; where there are no `chains`, no decision is an only child. */
+struct Tree {
+    int64_t nowhere, chains, num_first_codes;
+    const int64_t *parent, *token, *only_child, *decisions, *first, *below, *first_codes;
+};
+
+/* The rows (model/decoding/beam_rows.py): `room` nodes each, `width` beams, `exclusions` leaves, ascending and padded. */
+struct Rows {
+    int64_t rows, room, width, exclusions;
+    int64_t *prompt, *used, *nodes, *beam;
+    float *hidden, *last, *score;
+    const int64_t *excluded, *filter_slot;
+    const int32_t *passing;
+};
+
+/* What is asked of a row. Its `beams` have `level` codes, `settled` if no pass was needed for that. At most `limit` new
+ * nodes are read: the beams, whole sub-trees if `whole`, and `guessed` nodes; with a `prompt` of so many tokens, that,
+ * and instead of beams all first codes if `whole`. Without `walk` the beams stay where they are. */
+struct Ask {
+    int64_t row, wanted, level, beams, settled, limit, whole, walk, prompt, guessed;
+};
+
+/* What came of it: `read` new nodes, levels `accepted` (that saved a pass) and `forced`; the row's beams now, and nodes
+ * to pass over next: `alone`, and with all `below` them. */
+struct Told {
+    int64_t read, accepted, forced, level, beams, settled, alone, below;
+};
+
+/* All rows asked. Prompts and guesses lie one after the other, in the order of `ask`; so do the prompts' `features`, one
+ * array a layer. */
+struct BeamPass {
+    int64_t asks, num_features;
+    const Ask *ask;
+    const int64_t *prompts, *guesses, *feature_layers;
+    float **features;
+    Told *told;
+};
+
+namespace {
+
+/* A node and where it lies. */
+struct Place {
+    int64_t node, at;
+    bool operator<(const Place &other) const { return node < other.node; }
+};
+
+struct Scored {
+    float score;
+    int64_t node;
+};
+
+/* A row while it is asked. `known` ascends; `path` of fresh node i ends at `path_end[i]`. */
+struct Held {
+    std::vector<Place> known;
+    std::vector<int64_t> fresh, path_end;
+    std::vector<int32_t> path;
+    int64_t first_token, first_hidden; /* in the pass, and among those whose hidden states it gives */
+};
+
+struct Search {
+    const Trie *t;
+    const Tree *tree;
+    Rows *rows;
+    const BeamPass *p;
+    int64_t size; /* of a hidden state */
+
+    May may(int64_t r) const {
+        const int64_t *excluded = rows->excluded + r * rows->exclusions;
+        const int32_t *passing = rows->filter_slot[r] ? rows->passing + rows->filter_slot[r] * t->nodes : nullptr;
+        return {passing, excluded, excluded + rows->exclusions};
+    }
+
+    static const Place *find(const std::vector<Place> &known, int64_t node) {
+        const auto found = std::lower_bound(known.begin(), known.end(), Place{node, 0});
+        return found == known.end() || found->node != node ? nullptr : &*found;
+    }
+
+    /* Which nodes a row reads: each once, none known, none settled, nearest to the root first where room is short. */
+    void gather(const Ask &a, const int64_t *guessed, Held *held) const {
+        const int64_t r = a.row, used = rows->used[r], *beam = rows->beam + r * rows->width;
+        const May can = may(r);
+        std::vector<int64_t> &fresh = held->fresh;
+        for (int64_t i = 0; i < used; i++) held->known.push_back({rows->nodes[r * rows->room + i], i});
+        std::sort(held->known.begin(), held->known.end());
+        if (a.prompt && a.whole) fresh.assign(tree->first_codes, tree->first_codes + tree->num_first_codes);
+        for (int64_t i = 0; !a.prompt && i < a.beams; i++) {
+            fresh.push_back(beam[i]);
+            /* Through single children to the next decision: it rides for free. */
+            for (int64_t node = beam[i], up = a.level; tree->chains && up < t->levels - 1; up++)
+                fresh.push_back(node = tree->only_child[node]);
+            const int64_t *below = tree->decisions + tree->first[beam[i]];
+            if (a.whole) fresh.insert(fresh.end(), below, below + tree->below[beam[i]]);
+        }
+        fresh.insert(fresh.end(), guessed, guessed + a.guessed);
+        std::sort(fresh.begin(), fresh.end());
+        fresh.erase(std::unique(fresh.begin(), fresh.end()), fresh.end());
+        fresh.erase(std::remove_if(fresh.begin(), fresh.end(),
+                                   [&](int64_t node) {
+                                       return node == tree->nowhere || available(t, can, node) <= 1 ||
+                                              find(held->known, node);
+                                   }),
+                    fresh.end());
+        if ((int64_t)fresh.size() > a.limit) fresh.resize(std::max<int64_t>(a.limit, 0));
+        const int64_t count = fresh.size(), before = held->known.size();
+        for (int64_t i = 0; i < count; i++) held->known.push_back({fresh[i], used + i});
+        std::inplace_merge(held->known.begin(), held->known.begin() + before, held->known.end());
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t begin = held->path.size();
+            for (int64_t node = fresh[i]; t->depth[node] > 0; node = tree->parent[node])
+                if (const Place *place = find(held->known, node)) held->path.push_back(place->at);
+            std::reverse(held->path.begin() + begin, held->path.end());
+            held->path_end.push_back(held->path.size());
+            rows->nodes[r * rows->room + used + i] = fresh[i];
+        }
+        rows->used[r] = used + count;
+    }
+
+    /* Adds the legal children of a beam. Of one child nothing can be said but that it comes. */
+    void expand(const May &can, int64_t node, float score, const float *hidden, Legal *legal,
+                std::vector<Scored> *found) const {
+        find_legal(t, can, node, nullptr, 0, legal);
+        const int64_t count = legal->child.size();
+        if (count == 1) found->push_back({score, legal->child[0]});
+        if (count < 2) return;
+        read_logits(t, hidden, nullptr, legal);
+        const float total = log_total(legal);
+        for (int64_t i = 0; i < count; i++) found->push_back({legal->logit[i] - total + score, legal->child[i]});
+    }
+
+    /* Moves a row's beams down as far as hidden states are known. */
+    void walk(const Ask &a, const Held &held, Told *o) const {
+        static thread_local Legal legal;
+        static thread_local std::vector<Scored> found;
+        const int64_t r = a.row;
+        const May can = may(r);
+        int64_t *const beam = rows->beam + r * rows->width;
+        float *const score = rows->score + r * rows->width;
+        for (bool on = a.walk, first = true; on && o->level < t->levels; first = false) {
+            found.clear();
+            if (!o->level) expand(can, 0, 0, rows->last + r * size, &legal, &found);
+            for (int64_t i = 0; o->level && i < o->beams; i++) {
+                const Place *place = find(held.known, beam[i]);
+                const float *hidden = place ? rows->hidden + (r * rows->room + place->at) * size : nullptr;
+                /* Only a settled beam is not known, and nothing is asked of its hidden state. */
+                expand(can, beam[i], score[i], hidden ? hidden : rows->last + r * size, &legal, &found);
+            }
+            const int64_t count = std::min<int64_t>(a.wanted, found.size());
+            std::nth_element(found.begin(), found.begin() + count, found.end(), [](const Scored &x, const Scored &y) {
+                return x.score > y.score || (x.score == y.score && x.node < y.node);
+            });
+            std::sort(found.begin(), found.begin() + count,
+                      [](const Scored &x, const Scored &y) { return x.node < y.node; });
+            bool over = true, going = true, free = true;
+            int64_t alone = 0, below = 0;
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t node = found[i].node;
+                const bool settled = available(t, can, node) <= 1, known = find(held.known, node);
+                over &= t->run_end[node] >= t->first_leaf, going &= settled || known, free &= settled;
+                alone += !settled && !known, below += settled ? 0 : tree->below[node];
+            }
+            for (int64_t i = 0; i < rows->width; i++) {
+                const int64_t node = i < count ? found[i].node : tree->nowhere;
+                /* Statically forced to the end: no need to look at the levels between. */
+                beam[i] = i < count && over ? t->run_end[node] : node;
+                if (i < count) score[i] = found[i].score;
+            }
+            /* The first level of a walk is what its pass was for; the rest it saved passes for. */
+            if (o->settled) o->forced++;
+            else o->accepted += !first;
+            o->level++, o->beams = count, o->settled = free, o->alone = alone, o->below = below;
+            if (over) o->forced += t->levels - o->level, o->level = t->levels;
+            on = !over && going;
+        }
+    }
+};
+
+bool impossible(const Search &s, int64_t positions) {
+    for (int64_t i = 0, g = 0; i < s.p->asks; g += s.p->ask[i++].guessed) {
+        const Ask &a = s.p->ask[i];
+        if (a.row < 0 || a.row >= s.rows->rows || a.wanted < 1 || a.wanted > s.rows->width) return true;
+        if (a.level < 0 || a.level > s.t->levels || a.beams < 0 || a.beams > s.rows->width) return true;
+        if (a.prompt < 0 || a.prompt > positions || a.guessed < 0 || s.rows->filter_slot[a.row] < 0) return true;
+        if (a.limit > s.rows->room - s.rows->used[a.row]) return true;
+        for (int64_t k = 0; k < a.guessed; k++)
+            if (s.p->guesses[g + k] < 0 || s.p->guesses[g + k] > s.tree->nowhere) return true;
+    }
+    return false;
+}
+
+} // namespace
+
+extern "C" {
+
+/* Reads and walks every row asked. Returns 1 when a number points outside a table or a cache; rows may have been changed
+ * by then. */
+int padrec_beams(const Trie *t, const Tree *tree, const Model *m, Rows *rows, const BeamPass *p, const Cache *cache,
+                 int threads) {
+    const Search search = {t, tree, rows, p, m->size};
+    const int64_t asks = p->asks;
+    if (impossible(search, cache->positions)) return 1;
+    std::vector<Held> held(asks);
+    std::vector<int64_t> guesses(asks + 1), prompts(asks + 1);
+    for (int64_t i = 0; i < asks; i++) {
+        guesses[i + 1] = guesses[i] + p->ask[i].guessed, prompts[i + 1] = prompts[i] + p->ask[i].prompt;
+        if (p->ask[i].prompt) rows->prompt[p->ask[i].row] = p->ask[i].prompt;
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (asks > 1)
+    for (int64_t i = 0; i < asks; i++) search.gather(p->ask[i], p->guesses + guesses[i], &held[i]);
+
+    std::vector<int64_t> token, row, at, position, committed, seeing, asked;
+    int64_t extra = 0;
+    for (const Held &h : held)
+        for (size_t j = 0; j < h.fresh.size(); j++)
+            extra = std::max<int64_t>(extra, h.path_end[j] - (j ? h.path_end[j - 1] : 0));
+    std::vector<int32_t> seen;
+    bool whole = false; /* hidden states of all tokens are wanted */
+    for (int64_t f = 0; f < p->num_features; f++) whole |= p->feature_layers[f] == m->layers - 1;
+    for (int64_t i = 0; i < asks; i++) {
+        const Ask &a = p->ask[i];
+        Held &h = held[i];
+        const int64_t base = rows->prompt[a.row], used = rows->used[a.row] - (int64_t)h.fresh.size();
+        h.first_token = token.size(), h.first_hidden = asked.size();
+        for (int64_t j = 0; j < a.prompt; j++) {
+            token.push_back(p->prompts[prompts[i] + j]), row.push_back(a.row), at.push_back(j), position.push_back(j);
+            committed.push_back(j + 1), seeing.push_back(0);
+            if (whole || j + 1 == a.prompt) asked.push_back((int64_t)token.size() - 1);
+        }
+        seen.resize(token.size() * extra);
+        for (size_t j = 0; j < h.fresh.size(); j++) {
+            const int64_t begin = j ? h.path_end[j - 1] : 0, node = h.fresh[j];
+            asked.push_back(token.size()), token.push_back(tree->token[node]), row.push_back(a.row), at.push_back(base + used + j);
+            position.push_back(base + t->depth[node] - 1), committed.push_back(base);
+            seeing.push_back(h.path_end[j] - begin);
+            seen.insert(seen.end(), h.path.begin() + begin, h.path.begin() + h.path_end[j]);
+            seen.resize(token.size() * extra);
+        }
+    }
+    const int64_t n = token.size(), size = m->size;
+    static thread_local std::vector<float> outputs;
+    if ((int64_t)outputs.size() < (1 + p->num_features) * n * size) outputs.resize((1 + p->num_features) * n * size);
+    std::vector<float *> features;
+    for (int64_t f = 0; f < p->num_features; f++) features.push_back(outputs.data() + (1 + f) * n * size);
+    const Pass pass = {n, cache->rows, cache->positions, cache->turns, extra, extra, p->num_features,
+                       (int64_t)asked.size(), token.data(),
+                       row.data(), at.data(), position.data(), committed.data(), seeing.data(), p->feature_layers,
+                       whole ? nullptr : asked.data(), seen.data(), cache->rotations, cache->data, outputs.data(), features.data()};
+    if (n && padrec_pass(m, &pass, threads)) return 1;
+    const float *hidden = outputs.data();
+
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (asks > 1)
+    for (int64_t i = 0; i < asks; i++) {
+        const Ask &a = p->ask[i];
+        const Held &h = held[i];
+        const int64_t count = h.fresh.size(), behind = h.first_hidden + (whole ? a.prompt : a.prompt > 0);
+        const int64_t to = a.row * rows->room + rows->used[a.row] - count;
+        if (a.prompt) memcpy(rows->last + a.row * size, hidden + (behind - 1) * size, size * sizeof(float));
+        memcpy(rows->hidden + to * size, hidden + behind * size, count * size * sizeof(float));
+        for (int64_t f = 0; f < p->num_features; f++)
+            memcpy(p->features[f] + prompts[i] * size, features[f] + h.first_token * size, a.prompt * size * sizeof(float));
+        p->told[i] = {count, 0, 0, a.level, a.beams, a.settled, 0, 0};
+        search.walk(a, h, p->told + i);
+    }
+    return 0;
+}
+}

@@ -1,0 +1,144 @@
+"""Binds beams.cpp: a pass over beams and how far they walk then, as one call, rows changed in place.
+
+Knows pointers and shapes, and what a row is asked and tells; nothing of requests. The tensors of
+`model.decoding.beam_decoder` are the twin.
+
+Shapes: R rows, T nodes a row, W the widest beam, E exclusions a row, V nodes of the trie, d hidden size.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from model.native.kernel import NativeTarget, load
+from model.native.tables import NativeCache, NativeTrie
+
+Tensor = torch.Tensor
+_pointer, _number = ctypes.c_void_p, ctypes.c_int64
+
+
+class TreeTables(NamedTuple):
+    """What beams look up by node, [V] int64 (see `model.decoding.beam_tree.BeamTables`); all `decisions` in order, and
+    the `first_codes` among them."""
+
+    parent: Tensor
+    token: Tensor
+    only_child: Tensor
+    decisions: Tensor
+    first: Tensor
+    below: Tensor
+    first_codes: Tensor
+
+
+class BeamState(NamedTuple):
+    """The rows' tensors, contiguous (see `model.decoding.beam_rows.BeamRows`): `prompt`, `used` [R], `nodes` [R, T],
+    `beam`, `score` [R, W], `hidden` [R, T, d], `last` [R, d]. From `excluded` on they are only read."""
+
+    prompt: Tensor
+    used: Tensor
+    nodes: Tensor
+    beam: Tensor
+    hidden: Tensor
+    last: Tensor
+    score: Tensor
+    excluded: Tensor
+    filter_slot: Tensor
+    passing: Tensor
+
+
+class Asked(NamedTuple):
+    """What is asked of a row: its beams at `level` (`settled`: no pass was needed for them), how many are `wanted`, and
+    what to read: at most `limit` nodes, the `whole` sub-trees, what was `guessed`, the `prompt` before. Without `walk`
+    the beams stay where they are."""
+
+    row: int
+    wanted: int
+    level: int
+    beams: int
+    settled: bool
+    limit: int
+    whole: bool
+    walk: bool
+    prompt: Sequence[int]
+    guessed: Tensor | None
+
+
+class Told(NamedTuple):
+    """What came of it: nodes `read`, levels `accepted` and `forced`; where the beams are now, and how many nodes to
+    pass over next, `alone` and with all `below` them."""
+
+    read: int
+    accepted: int
+    forced: int
+    level: int
+    beams: int
+    settled: int
+    alone: int
+    below: int
+
+
+class _Tree(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("nowhere", "chains", "num_first_codes")),
+        *((name, _pointer) for name in TreeTables._fields),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("rows", "room", "width", "exclusions")),
+        *((name, _pointer) for name in BeamState._fields),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("asks", "num_features")),
+        *((name, _pointer) for name in ("ask", "prompts", "guesses", "feature_layers", "features", "told")),
+    ]
+
+
+class NativeBeams:
+    """Passes over one set of rows and one cache."""
+
+    def __init__(
+        self, trie: NativeTrie, tables: TreeTables, nowhere: int, chains: bool, target: NativeTarget, cache: NativeCache
+    ) -> None:
+        """`nowhere`: the node that pads; `chains`: whether any decision is an only child."""
+        self._trie, self._tables, self._target, self._cache = trie, tables, target, cache
+        self._tree = _Tree(nowhere, chains, len(tables.first_codes), *(table.data_ptr() for table in tables))
+        self._state: BeamState | None = None
+        self._rows = _Rows()
+
+    def __call__(
+        self, asked: Sequence[Asked], state: BeamState, layers: Sequence[int] = ()
+    ) -> tuple[list[Told], list[Tensor]]:
+        """Read and walk the rows `asked`. Returns what each tells, and the outputs of `layers` over all prompts, one
+        behind the other: [sum of their lengths, d] each."""
+        library = load()
+        assert library is not None
+        ask, prompts, guesses = array("q"), array("q"), array("q")
+        for one in asked:
+            count = 0 if one.guessed is None else len(one.guessed)
+            ask.extend((*one[:4], int(one.settled), one.limit, int(one.whole), int(one.walk), len(one.prompt), count))
+            prompts.extend(one.prompt)
+            if one.guessed is not None:
+                guesses.extend(one.guessed.tolist())
+        rows, room, size = state.hidden.shape
+        if state is not self._state:
+            sizes = (rows, room, state.beam.shape[1], state.excluded.shape[1])
+            self._state, self._rows = state, _Rows(*sizes, *(tensor.data_ptr() for tensor in state))
+        features = [torch.empty(len(prompts), size) for _ in layers]
+        into = (_pointer * len(layers))(*(feature.data_ptr() for feature in features))
+        told = (_number * (len(asked) * len(Told._fields)))()
+        of_layers = array("q", layers)
+        numbers = (part.buffer_info()[0] for part in (ask, prompts, guesses, of_layers))
+        one_pass = _Pass(len(asked), len(layers), *numbers, ctypes.addressof(into), ctypes.addressof(told))
+        given = (self._trie.pointer, ctypes.byref(self._tree), self._target.pointer, ctypes.byref(self._rows))
+        if library.padrec_beams(*given, ctypes.byref(one_pass), self._cache.pointer, torch.get_num_threads()):
+            raise IndexError("a token, node or position lies outside the model, the trie or the cache")
+        width = len(Told._fields)
+        return [Told(*told[i * width : (i + 1) * width]) for i in range(len(asked))], features
