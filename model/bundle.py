@@ -130,7 +130,8 @@ class Bundle:
         lists = self.list_decoder(num_rows=num_rows, max_k=max_k, catalog=catalog, prefill_tokens=prefill_tokens)
         beams = self.beam_decoder(num_rows=num_rows, max_k=max_k, catalog=catalog)
         if learned is not None:
-            lists.budget, lists.learn = learned.lists.budget, learned.lists.learn
+            taught = learned.lists
+            lists.budget, lists.drafts, lists.learn = taught.budget, taught.drafts, taught.learn
             beams.plan = learned.beams.plan.over(beams.tree.deciding, beams.tree.whole)
         return Strategies(lists, beams)
 

@@ -12,6 +12,7 @@ path, F filters.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,6 +125,13 @@ class ItemTrie:
         """Leaves of the items among `codes` [M, L], which may hold codes of no item; ascending and distinct."""
         found = (self.leaf(tuple(each)) for each in codes.tolist())
         return np.array(sorted({leaf for leaf in found if leaf is not None}), dtype=np.int64)
+
+    @cached_property
+    def decisions_per_item(self) -> float:
+        """Of an item's codes those that are a choice among several, on average."""
+        choices = self.first_child[1:] - self.first_child[:-1] > 1
+        leaves = self.leaf_start[1:] - self.leaf_start[:-1]
+        return float(leaves[choices].sum() / self.num_items)
 
     @property
     def device(self) -> torch.device:

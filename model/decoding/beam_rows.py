@@ -90,15 +90,11 @@ class BeamRows(HeldRows[BeamRow]):
         self.last = torch.zeros(num_rows, size, device=trie.device)
         self.beam = whole.new_full((num_rows, k), tree.nowhere)
         self.score = torch.zeros(num_rows, k, device=trie.device)
-        self._state: BeamState | None = None
 
     def state(self) -> BeamState:
-        """Everything as compiled passes take it; the same object as long as no tensor is another one."""
-        read = (self.excluded, self.filter_slot, self.filters.passing)
-        if self._state is None or any(new is not old for new, old in zip(read, self._state[-3:], strict=True)):
-            changed = (self.prompt, self.used, self.nodes, self.beam, self.hidden, self.last, self.score)
-            self._state = BeamState(*changed, *read)
-        return self._state
+        """The rows' tensors as a compiled pass takes them."""
+        changed = (self.prompt, self.used, self.nodes, self.beam, self.hidden, self.last, self.score)
+        return BeamState(*changed, self.excluded, self.filter_slot, self.filters.passing)
 
     def may(self, rows: Tensor) -> Availability:
         return Availability(self.filters.passing, self.filter_slot[rows], self.excluded[rows])

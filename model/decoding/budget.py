@@ -4,9 +4,12 @@ At warm-up, rounds are timed per number of rows and candidate: none, chains, and
 for this draft's profile. A candidate's gain is the expected number of decisions of a round, from how often its nodes
 are right: at first what the profile says, then what is seen, per slot where rounds begin and step. The best ratio wins,
 no speculation included, so that speculating is never slower than not, and ends by itself where drafts are no longer
-accepted. Knows decoders and numbers; nothing of queues.
+accepted. What a draft costs before its first round, reading the prompt too, is asked about per request: a list must be
+long enough to earn it. Knows decoders and numbers; nothing of queues.
 """
 
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -23,18 +26,30 @@ SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # nodes of the candidates
 LONG_LIST = 40  # items of the lists that rounds are timed on
 PRIOR = 30  # decisions that what the profile says is worth
 FADE = 0.99  # of what was seen, a round
+FEW_PROMPTS = 8  # up to so many are read to tell what a draft adds; a prompt of more costs what one of these does
 DECIDE_EVERY = 16  # rounds
-PROBE_EVERY = 64  # rounds without speculation
+PROBE_EVERY = 64  # rounds, or requests, without speculation
+MARGIN = 0.05  # of what a round takes: saving less than its measurement may err by is saving nothing
+PROBE_ROUNDS = 8  # of a request drafted for to try
 
 
 class LoadBudget:
     """Budget by rows in use: the cheapest per decision at the smallest measured load not below it. `observe` every
     round, and it follows what is accepted."""
 
-    def __init__(self, seconds: Mapping[int, Mapping[Budget, float]], profile: Profile) -> None:
-        """`seconds` a round takes, by load and candidate."""
+    def __init__(
+        self,
+        seconds: Mapping[int, Mapping[Budget, float]],
+        profile: Profile,
+        prompt_seconds: Mapping[int, float] | None = None,
+        decisions_per_item: float = 1.0,
+    ) -> None:
+        """`seconds` a round takes, by load and candidate; `prompt_seconds`: what the draft adds to reading one prompt,
+        by load; `decisions_per_item`: of an item's codes those that are a choice, on average."""
         if not seconds or not all(seconds.values()):
             raise ValueError("a budget needs at least one load, and a candidate for each")
+        self.prompt_seconds, self.decisions_per_item = prompt_seconds or {}, decisions_per_item
+        self._refused, self._probing = 0, 0
         self.seconds, self.profile = dict(sorted(seconds.items())), profile
         slots = range(len(profile.acceptance))
         self._expected, self._passed = ([[0.0] * profile.steps for _ in slots] for _ in range(2))
@@ -48,12 +63,27 @@ class LoadBudget:
         self._decide()
 
     def __call__(self, rows: int) -> Budget:
-        load = next((load for load in self.seconds if load >= rows), max(self.seconds))
+        load = self._load(rows)
         self._asked += 1
         self._last = self.by_load[load]
-        if not self._last.steps and not self._asked % PROBE_EVERY:
+        if not self._last.steps and (self._probing or not self._asked % PROBE_EVERY):
+            self._probing = max(0, self._probing - 1)
             self._last = self._probe[load]
         return self._last
+
+    def drafts(self, rows: int, items: int) -> bool:
+        """Whether to draft for a request of `items`, one of `rows`: whether its rounds earn what its prompt costs more.
+        Requests refused are tried now and then."""
+        load = self._load(rows)
+        # Rows share a round: what is saved of it is each one's own share.
+        saved = items * self.decisions_per_item * self._saved[load] / load
+        if saved > self.prompt_seconds.get(load, 0.0):
+            return True
+        self._refused += 1
+        if self._refused % PROBE_EVERY:
+            return False
+        self._probing = PROBE_ROUNDS
+        return True
 
     def decisions(self, budget: Budget) -> float:
         """Expected decisions of a round, by what was seen of late and the profile."""
@@ -74,6 +104,10 @@ class LoadBudget:
         if self._observed % DECIDE_EVERY == 0:
             self._decide()
 
+    def _load(self, rows: int) -> int:
+        """The smallest measured load not below `rows`."""
+        return next((load for load in self.seconds if load >= rows), max(self.seconds))
+
     def _corrections(self) -> list[list[float]]:
         """What was seen over what the profile expected, by slot and step."""
         both = zip(self._passed, self._expected, strict=True)
@@ -89,6 +123,10 @@ class LoadBudget:
         # Where drafting does not pay it is tried now and then: it may pay again.
         drafting = {load: {c: s for c, s in costs.items() if c.steps} for load, costs in self.seconds.items()}
         self._probe = {load: cheapest(costs) if costs else Budget(0) for load, costs in drafting.items()}
+        # Of the seconds a decision takes without speculation; what was not measured without it is always drafted.
+        alone = {load: costs.get(Budget(0), math.inf) for load, costs in self.seconds.items()}
+        prices = {load: self.seconds[load][best] / decisions[best] for load, best in self.by_load.items()}
+        self._saved = {load: (1 - MARGIN) * alone[load] - price for load, price in prices.items()}
 
 
 def candidates(profile: Profile, max_steps: int, max_nodes: int) -> list[Budget]:
@@ -112,8 +150,10 @@ def measured_budget(
     it is idle again afterwards, and its budget is the one returned."""
     num_rows = len(decoder.rows.held)
     loads = [load for load in LOADS if load < num_rows] + [num_rows]
+    decoder.drafts = None
     possible = candidates(profile, decoder.max_steps, decoder.max_nodes) if decoder.draft else [Budget(0)]
     costs: dict[int, dict[Budget, float]] = {}
+    prompts: dict[int, float] = {}
     for load in loads:
         # Long lists: their prompts, which cost more than the rounds, are read once for many candidates.
         batch = [replace(requests[i % len(requests)], k=min(decoder.max_k, LONG_LIST)) for i in range(load)]
@@ -135,8 +175,12 @@ def measured_budget(
                 found += _round_seconds(decoder, batch, candidate, repeats)
         costs[load] = {candidate: median(found) for candidate, found in seconds.items()}
         _free(decoder)
-    budget = LoadBudget(costs, profile)
-    decoder.budget, decoder.learn = budget, budget.observe
+        if load <= FEW_PROMPTS:
+            prompts[load] = _prompt_seconds(decoder, batch, repeats) if decoder.draft else 0.0
+        else:
+            prompts[load] = prompts[max(found for found in prompts if found <= FEW_PROMPTS)]
+    budget = LoadBudget(costs, profile, prompts, decoder.trie.decisions_per_item)
+    decoder.budget, decoder.drafts, decoder.learn = budget, budget.drafts, budget.observe
     return budget
 
 
@@ -168,14 +212,30 @@ def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budge
             if seconds:
                 break
             _free(decoder)
-            allowed, decoder.prefill_tokens = decoder.prefill_tokens, None
-            decoder.admit(batch)
-            decoder.prefill_tokens = allowed
+            _admit(decoder, batch)
         stats = decoder.round()[1]
         seconds.append(stats.draft_seconds + stats.verify_seconds)
     if not budget.steps:
         _free(decoder)  # rows that went without drafts never get them again
     return seconds
+
+
+def _prompt_seconds(decoder: ListDecoder, batch: list[ListRequest], repeats: int) -> float:
+    """What the draft adds to reading one prompt of the batch, turn by turn with and without it."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(2 * repeats):
+        started = time.perf_counter()
+        _admit(decoder, [replace(request, speculation=not turn % 2) for request in batch])
+        seconds[not turn % 2].append(time.perf_counter() - started)
+        _free(decoder)
+    return max(0.0, median(seconds[True]) - median(seconds[False])) / len(batch)
+
+
+def _admit(decoder: ListDecoder, batch: list[ListRequest]) -> None:
+    """Read all prompts of the batch at once."""
+    allowed, decoder.prefill_tokens = decoder.prefill_tokens, None
+    decoder.admit(batch)
+    decoder.prefill_tokens = allowed
 
 
 def _free(decoder: ListDecoder) -> None:

@@ -82,13 +82,15 @@ class ListDecoder:
         """`budget(rows in use)` decides how much a round drafts, within `max_steps` and `max_nodes`; `forced=False` is
         plain decoding, a token a pass. Between two rounds at most `prefill_tokens` of prompts are read (None: all; of a
         device's static shapes always all). `record(rows, nodes [B], log_probs [B, G, C], children)` sees every choice
-        made without a draft. `learn`, when set, is told of every round. With `static` shapes rounds and prompts are
-        device programs (see `static_rounds`): the rule on a CUDA device, except where choices are recorded, and as CUDA
-        graphs unless `graphs` is off; on a CPU they are possible, and no faster."""
+        made without a draft. `learn`, when set, is told of every round, and `drafts(rows in use, items)` asked whether
+        to draft for a request at all. With `static` shapes rounds and prompts are device programs (see
+        `static_rounds`): the rule on a CUDA device, except where choices are recorded, and as CUDA graphs unless
+        `graphs` is off; on a CPU they are possible, and no faster."""
         self.target, self.draft, self.trie, self.max_k = target, draft, trie, max_k
         self.budget, self.max_steps, self.max_nodes = budget, max_steps, max_nodes
         self.forced, self.record = forced, record
         self.learn: Callable[[RoundStats], None] | None = None
+        self.drafts: Callable[[int, int], bool] | None = None
         vocabulary = target.vocabulary
         self.places = vocabulary.tokens_per_item
         prompt = len(vocabulary.list_prompt(())) + max_history_items * self.places
@@ -166,6 +168,8 @@ class ListDecoder:
                 self._unread.append((index, row))
                 if not self.static:
                     self.rows.draftable[index] = 0  # nothing is drafted behind a prompt that is not read
+                    if row.drafts and self.drafts is not None:
+                        row.drafts = self.drafts(len(self.rows.in_use), row.wanted)
         self._has_read = True
         return finished + self._read_prompts()
 
@@ -209,12 +213,13 @@ class ListDecoder:
         positions = start + torch.arange(longest, device=device).expand(len(indices), -1)
         at = Write(rows[:, None], positions, indices[0], start if len(indices) == 1 else None)
         draft_at, at = at, self._packed(at, positions < start + length[:, None])
-        layers = self.draft.feature_layers if self.draft else ()
+        drafting = self.draft is not None and any(row.drafts for row in held)
+        layers = self.draft.feature_layers if self.draft and drafting else ()
         sight = Sight(torch.tensor([start], device=device) if start else None, None, start + longest)
         output = self.target(tokens, positions, self.cache, at, sight, layers)
         last = (length - 1)[:, None]
         feature = None
-        if self.draft and self.draft_cache:
+        if self.draft and self.draft_cache and drafting:
             fused = self.draft.fuse_features(output.features)
             # A token's partner is the feature before it; the first token of a prompt has none.
             first = held[0].feature if start else None
@@ -259,7 +264,7 @@ class ListDecoder:
         if self.static:
             gain, counts = self._static_round(self.static, indices)
         else:
-            budget = self._budget(indices)
+            budget = self._budget(indices, len(indices))
             table = table_of(budget, self.trie.num_levels, self.trie.device)
             if self.native is not None and table is not None and self.record is None:
                 gain, counts = self.native(count, self.rows.state(), table, self.forced)
@@ -303,7 +308,7 @@ class ListDecoder:
         """A round as one device program. Draft and verification are not told apart: all of the time is the latter's."""
         started = time.perf_counter()
         rows = static.bucket(indices[-1] + 1)
-        budget = self._static_budget(indices, rows)
+        budget = self._budget(indices, rows)  # it costs what its bucket costs
         told = static.round(indices, rows, budget)
         scores: list[list[float]] = [[] for _ in range(rows)]
         leaves: list[list[int]] = [[] for _ in range(rows)]
@@ -316,22 +321,13 @@ class ListDecoder:
         seconds, busy = (0.0, time.perf_counter() - started), [row in indices for row in range(rows)]
         return gain, self._count(told.tree, told.verdict, budget, told.begun, busy, seconds, told.target_tokens)
 
-    def _budget(self, indices: list[int]) -> Budget:
-        """The round's budget. Rows of a round without speculation lose touch with the draft's cache: they finish
-        without it (a short list), so that a round that drafts nothing also costs nothing."""
-        willing = self.draft is not None and bool((self.rows.draftable[indices] > 0).any())
-        budget = self.budget(len(indices)) if willing else Budget(0)
-        if not budget.steps:
-            self.rows.draftable.zero_()
-            return Budget(0)
-        assert budget.steps <= self.max_steps and budget.steps * budget.width <= self.max_nodes, budget
-        return budget
-
-    def _static_budget(self, indices: list[int], bucket: int) -> Budget:
-        """`_budget` from what the host knows. A round costs what its bucket costs, so that is the load asked about."""
+    def _budget(self, indices: list[int], load: int) -> Budget:
+        """The round's budget at a `load` of so many rows, from what the host knows. Rows of a round without speculation
+        lose touch with the draft's cache: they finish without it (a short list), so that a round that drafts nothing
+        also costs nothing."""
         held = [self.rows.row(i) for i in indices]
         willing = self.draft is not None and any(row.drafts for row in held)
-        budget = self.budget(bucket) if willing else Budget(0)
+        budget = self.budget(load) if willing else Budget(0)
         if budget.steps:
             assert budget.steps <= self.max_steps and budget.steps * budget.width <= self.max_nodes, budget
             return budget

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from model.native.kernel import NativeTarget, load
-from model.native.tables import NativeCache, NativeTrie
+from model.native.tables import NativeCache, NativeTrie, same
 
 Tensor = torch.Tensor
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
@@ -128,7 +128,7 @@ class NativeBeams:
             if one.guessed is not None:
                 guesses.extend(one.guessed.tolist())
         rows, room, size = state.hidden.shape
-        if state is not self._state:
+        if not same(state, self._state):
             sizes = (rows, room, state.beam.shape[1], state.excluded.shape[1])
             self._state, self._rows = state, _Rows(*sizes, *(tensor.data_ptr() for tensor in state))
         features = [torch.empty(len(prompts), size) for _ in layers]

@@ -9,16 +9,18 @@ round, E exclusions a row, d hidden size.
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from model.item_trie import ItemTrie
 from model.kv_cache import KVCache
 from model.native.kernel import NativeDraft, NativeLinear, NativeTarget, StepTerm, load
-from model.native.tables import NativeCache, NativeTrie
+from model.native.tables import NativeCache, NativeTrie, same
 
 Tensor = torch.Tensor
+T = TypeVar("T", int, float)
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -130,6 +132,8 @@ class NativeRound:
         self._pointers = [None if term is None else term.embedding.data_ptr() for term in terms]
         self._contexts = [None if term is None or term.context is None else term.context.data_ptr() for term in terms]
         self._gates = [0.0 if term is None else term.constant for term in terms]
+        self._rows: RowState | None = None
+        self._state = _State()
         self._plans: dict[tuple[int, bool], tuple[_Plan, object]] = {}
 
     def __call__(self, count: int, rows: RowState, table: TreeTable, forced: bool) -> tuple[RowGain, RoundCounts]:
@@ -137,31 +141,36 @@ class NativeRound:
         library = load()
         assert library is not None
         steps = table.rank.shape[1]
-        state = _State(
-            count, rows.fresh_length.shape[1], rows.excluded.shape[1], *(tensor.data_ptr() for tensor in rows)
-        )
-        accepted, drafted = torch.zeros(2, count, dtype=torch.int64).unbind()
-        length, leaf = torch.zeros(2, count, steps + 1, dtype=torch.int64).unbind()
-        score = torch.zeros(count, steps + 1)
-        counted = torch.zeros(2 * steps + 2 * self.levels + 2 * self.levels * steps, dtype=torch.int64)
-        by_step, by_slot = (steps, steps), (self.levels, self.levels)
-        parts = counted.split((*by_step, *by_slot, self.levels * steps, self.levels * steps))
-        outputs = (accepted, length, leaf, drafted, score, *parts)
-        report = _Report(*(tensor.data_ptr() for tensor in outputs), 0, 0.0, 0.0)
+        if not same(rows, self._rows):
+            self._rows = rows
+            self._state = _State(
+                count, rows.fresh_length.shape[1], rows.excluded.shape[1], *(tensor.data_ptr() for tensor in rows)
+            )
+        self._state.rows = count
+        # One piece of memory for all that comes back, and one look at it.
+        by_step, by_slot, decisions = (steps, steps), (self.levels, self.levels), count * (steps + 1)
+        sizes = (count, decisions, decisions, count, *by_step, *by_slot, self.levels * steps, self.levels * steps)
+        ends = list(accumulate(sizes))
+        told, score = (_number * ends[-1])(), (ctypes.c_float * decisions)()
+        first, last = ctypes.addressof(told), ctypes.addressof(score)
+        begins = [first + ctypes.sizeof(_number) * (end - size) for end, size in zip(ends, sizes, strict=True)]
+        report = _Report(*begins[:4], last, *begins[4:], 0, 0.0, 0.0)
         plan = self._plan(table, forced)
         given = (self._trie.pointer, self._target.pointer, self._draft and self._draft[0].pointer)
-        held = (ctypes.byref(state), ctypes.byref(plan), self._cache.pointer)
+        held = (ctypes.byref(self._state), ctypes.byref(plan), self._cache.pointer)
         cache = None if self._draft_cache is None else self._draft_cache.pointer
         if library.padrec_round(*given, *held, cache, ctypes.byref(report), torch.get_num_threads()):
             raise IndexError("a token, node or position lies outside the model, the trie or the cache")
-        gain = RowGain(accepted.tolist(), score.tolist(), leaf.tolist(), length.tolist(), drafted.tolist())
+        parts = [told[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        accepted, lengths, leaves, drafted = parts[:4]
+        gain = RowGain(accepted, _lines(score[:], count), _lines(leaves, count), _lines(lengths, count), drafted)
         counts = RoundCounts(
-            drafted_by_step=parts[0].tolist(),
-            accepted_by_step=parts[1].tolist(),
-            drafted_by_slot=parts[2].tolist(),
-            accepted_by_slot=parts[3].tolist(),
-            tried=parts[4].view(self.levels, steps).tolist(),
-            passed=parts[5].view(self.levels, steps).tolist(),
+            drafted_by_step=parts[4],
+            accepted_by_step=parts[5],
+            drafted_by_slot=parts[6],
+            accepted_by_slot=parts[7],
+            tried=_lines(parts[8], self.levels),
+            passed=_lines(parts[9], self.levels),
             seconds=(report.draft_seconds, report.verify_seconds),
             target_tokens=report.target_tokens,
         )
@@ -192,3 +201,9 @@ class NativeRound:
             )
             self._plans[key] = (plan, (table, arrays))
         return self._plans[key][0]
+
+
+def _lines(numbers: list[T], count: int) -> list[list[T]]:
+    """`count` lines of equal length."""
+    width = len(numbers) // count
+    return [numbers[line * width : (line + 1) * width] for line in range(count)]

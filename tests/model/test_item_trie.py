@@ -84,6 +84,13 @@ def test_a_run_goes_on_exactly_as_long_as_there_is_no_choice(drawn: Drawn, rng: 
     assert int(run.leaf) == (trie.leaf(prefix) if complete else trie.num_items)
 
 
+def test_how_many_of_an_items_codes_are_a_choice() -> None:
+    codes = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+    trie = ItemTrie(np.array(codes), Vocabulary.compact((2, 2, 2)))
+    choices = [sum(len(legal_codes_by_search(codes, code[:depth], ())) > 1 for depth in range(3)) for code in codes]
+    assert trie.decisions_per_item == pytest.approx(sum(choices) / len(codes))
+
+
 def test_without_forced_runs_a_step_is_one_token() -> None:
     trie = build([(0, 0, 0, 0), (1, 1, 1, 1)])
     run = trie.run(torch.tensor([[node_of(trie, (1,))]]), forced=False)

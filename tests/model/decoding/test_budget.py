@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
-from model.decoding.budget import PROBE_EVERY, LoadBudget, candidates, expected_decisions, measured_budget
+from model.decoding.budget import PROBE_EVERY, PROBE_ROUNDS, LoadBudget, candidates, expected_decisions, measured_budget
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.profile import Profile
@@ -114,7 +116,52 @@ def test_a_draft_that_is_never_right_is_not_asked(tiny: Tiny) -> None:
 def test_a_decoder_learns_from_its_own_rounds(tiny: Tiny) -> None:
     decoder, _ = measured(tiny, [0.99] * 4)
     budget = LoadBudget({2: {Budget(0): 100.0, Budget(2): 1.0}}, Profile.guess(tiny.trie.num_levels, [0.99] * 4))
-    decoder.budget, decoder.learn = budget, budget.observe
+    decoder.budget, decoder.drafts, decoder.learn = budget, budget.drafts, budget.observe
     before = budget.decisions(Budget(2))
     decode_all(decoder, [ListRequest(str(i), (tiny.codes[i],), 10) for i in range(20)])
     assert budget.decisions(Budget(2)) < before
+
+
+def test_a_list_too_short_to_earn_what_its_prompt_costs_is_not_drafted_for() -> None:
+    """Rounds of 1 s that gain 2 decisions instead of one save half a second a decision; a prompt costs 3."""
+    profile = Profile.guess(1, [1.0])
+    costs = {1: {Budget(0): 1.0, Budget(1): 1.0}, 4: {Budget(0): 4.0, Budget(1): 4.0}}
+    budget = LoadBudget(costs, profile, {1: 3.0, 4: 3.0}, decisions_per_item=2.0)
+    assert [budget.drafts(1, items) for items in (1, 2, 3, 4, 10)] == [False, False, False, True, True]
+    assert not budget.drafts(3, 3), "four rows save four times as much, and pay for four prompts"
+    assert LoadBudget(costs, profile).drafts(1, 1), "a draft that adds nothing to a prompt pays at once"
+    assert LoadBudget({1: {Budget(1): 1.0}}, profile, {1: 9.0}).drafts(1, 1), "never measured without"
+
+
+def test_requests_that_are_not_drafted_for_are_tried_now_and_then_for_some_rounds() -> None:
+    budget = LoadBudget({1: {Budget(0): 1.0, Budget(1): 5.0}}, GOOD, {1: 1.0})
+    asked = [budget.drafts(1, 10) for _ in range(3 * PROBE_EVERY)]
+    assert asked.count(True) == 3
+    drafted = [budget(1).steps > 0 for _ in range(PROBE_EVERY - 1)]
+    assert drafted == [True] * PROBE_ROUNDS + [False] * (PROBE_EVERY - 1 - PROBE_ROUNDS)
+
+
+def test_who_is_not_drafted_for_gets_the_same_list_and_reads_no_prompt_for_the_draft(tiny: Tiny) -> None:
+    decoder, _ = measured(tiny, [0.99] * 4)
+    decoder.budget = lambda rows: Budget(3)
+    requests = [ListRequest(str(i), (tiny.codes[i],), 5 + i % 2) for i in range(12)]
+    decoder.drafts = lambda rows, items: True
+    right = decode_all(decoder, requests)
+    decoder.drafts = lambda rows, items: items == 5
+    assert decoder.draft_cache is not None
+    got = decode_all(decoder, requests)
+    for request in requests:
+        found, wanted = got.results[request.request_id], right.results[request.request_id]
+        assert found.items == wanted.items
+        assert (found.speculation.draft_tokens > 0) == (request.k == 5)
+    decoder.draft_cache.data.zero_()
+    decoder.admit([replace(requests[1], speculation=False)])
+    assert not decoder.draft_cache.data.any()
+
+
+def test_what_a_draft_adds_to_a_prompt_is_measured(tiny: Tiny) -> None:
+    decoder, budget = measured(tiny, [0.99] * 4)
+    assert set(budget.prompt_seconds) == set(budget.seconds)
+    assert all(0 <= seconds < 1 for seconds in budget.prompt_seconds.values())
+    assert decoder.drafts == budget.drafts
+    assert budget.decisions_per_item == pytest.approx(tiny.trie.decisions_per_item)
