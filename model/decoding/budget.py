@@ -26,9 +26,10 @@ SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # nodes of the candidates
 LONG_LIST = 40  # items of the lists that rounds are timed on
 PRIOR = 30  # decisions that what the profile says is worth
 FADE = 0.99  # of what was seen, a round
-FEW_PROMPTS = 8  # up to so many are read to tell what a draft adds; a prompt of more costs what one of these does
 DECIDE_EVERY = 16  # rounds
 PROBE_EVERY = 64  # rounds, or requests, without speculation
+SATURATED = 0.9  # of what a row's share of a round costs at the load before
+FEW_ROWS = 4
 MARGIN = 0.05  # of what a round takes: saving less than its measurement may err by is saving nothing
 PROBE_ROUNDS = 8  # of a request drafted for to try
 
@@ -41,14 +42,14 @@ class LoadBudget:
         self,
         seconds: Mapping[int, Mapping[Budget, float]],
         profile: Profile,
-        prompt_seconds: Mapping[int, float] | None = None,
+        prompt_seconds: float = 0.0,
         decisions_per_item: float = 1.0,
     ) -> None:
-        """`seconds` a round takes, by load and candidate; `prompt_seconds`: what the draft adds to reading one prompt,
-        by load; `decisions_per_item`: of an item's codes those that are a choice, on average."""
+        """`seconds` a round takes, by load and candidate; `prompt_seconds`: what the draft adds to reading a prompt;
+        `decisions_per_item`: of an item's codes those that are a choice, on average."""
         if not seconds or not all(seconds.values()):
             raise ValueError("a budget needs at least one load, and a candidate for each")
-        self.prompt_seconds, self.decisions_per_item = prompt_seconds or {}, decisions_per_item
+        self.prompt_seconds, self.decisions_per_item = prompt_seconds, decisions_per_item
         self._refused, self._probing = 0, 0
         self.seconds, self.profile = dict(sorted(seconds.items())), profile
         slots = range(len(profile.acceptance))
@@ -77,7 +78,7 @@ class LoadBudget:
         load = self._load(rows)
         # Rows share a round: what is saved of it is each one's own share.
         saved = items * self.decisions_per_item * self._saved[load] / load
-        if saved > self.prompt_seconds.get(load, 0.0):
+        if saved > self.prompt_seconds:
             return True
         self._refused += 1
         if self._refused % PROBE_EVERY:
@@ -153,8 +154,11 @@ def measured_budget(
     decoder.drafts = None
     possible = candidates(profile, decoder.max_steps, decoder.max_nodes) if decoder.draft else [Budget(0)]
     costs: dict[int, dict[Budget, float]] = {}
-    prompts: dict[int, float] = {}
-    for load in loads:
+    for before, load in zip([0, *loads], loads, strict=False):
+        if _saturated(costs):
+            # A round is arithmetic by now: of more rows it takes as much longer.
+            costs[load] = {candidate: found * load / before for candidate, found in costs[before].items()}
+            continue
         # Long lists: their prompts, which cost more than the rounds, are read once for many candidates.
         batch = [replace(requests[i % len(requests)], k=min(decoder.max_k, LONG_LIST)) for i in range(load)]
         seconds: dict[Budget, list[float]] = {}
@@ -175,13 +179,21 @@ def measured_budget(
                 found += _round_seconds(decoder, batch, candidate, repeats)
         costs[load] = {candidate: median(found) for candidate, found in seconds.items()}
         _free(decoder)
-        if load <= FEW_PROMPTS:
-            prompts[load] = _prompt_seconds(decoder, batch, repeats) if decoder.draft else 0.0
-        else:
-            prompts[load] = prompts[max(found for found in prompts if found <= FEW_PROMPTS)]
-    budget = LoadBudget(costs, profile, prompts, decoder.trie.decisions_per_item)
+    # Of prompts read alone, as they come while others are served: together they cost a little less.
+    prompt_seconds = _prompt_seconds(decoder, requests[0], repeats) if decoder.draft else 0.0
+    budget = LoadBudget(costs, profile, prompt_seconds, decoder.trie.decisions_per_item)
     decoder.budget, decoder.drafts, decoder.learn = budget, budget.drafts, budget.observe
     return budget
+
+
+def _saturated(costs: Mapping[int, Mapping[Budget, float]]) -> bool:
+    """Whether a row of the largest load costs about what it costs at the one before. Not told from few rows: those are
+    quick to measure, and noisy."""
+    *_, before, last = [0, 0, *costs]
+    if before < FEW_ROWS:
+        return False
+    shares = [costs[load][Budget(0)] / load for load in (before, last)]
+    return shares[1] >= SATURATED * shares[0]
 
 
 def expected_decisions(budget: Budget, profile: Profile) -> float:
@@ -220,15 +232,15 @@ def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budge
     return seconds
 
 
-def _prompt_seconds(decoder: ListDecoder, batch: list[ListRequest], repeats: int) -> float:
-    """What the draft adds to reading one prompt of the batch, turn by turn with and without it."""
+def _prompt_seconds(decoder: ListDecoder, request: ListRequest, repeats: int) -> float:
+    """What the draft adds to reading a prompt, turn by turn with and without it."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(2 * repeats):
         started = time.perf_counter()
-        _admit(decoder, [replace(request, speculation=not turn % 2) for request in batch])
+        _admit(decoder, [replace(request, speculation=not turn % 2)])
         seconds[not turn % 2].append(time.perf_counter() - started)
         _free(decoder)
-    return max(0.0, median(seconds[True]) - median(seconds[False])) / len(batch)
+    return max(0.0, median(seconds[True]) - median(seconds[False]))
 
 
 def _admit(decoder: ListDecoder, batch: list[ListRequest]) -> None:

@@ -126,15 +126,15 @@ def test_a_list_too_short_to_earn_what_its_prompt_costs_is_not_drafted_for() -> 
     """Rounds of 1 s that gain 2 decisions instead of one save half a second a decision; a prompt costs 3."""
     profile = Profile.guess(1, [1.0])
     costs = {1: {Budget(0): 1.0, Budget(1): 1.0}, 4: {Budget(0): 4.0, Budget(1): 4.0}}
-    budget = LoadBudget(costs, profile, {1: 3.0, 4: 3.0}, decisions_per_item=2.0)
+    budget = LoadBudget(costs, profile, 3.0, decisions_per_item=2.0)
     assert [budget.drafts(1, items) for items in (1, 2, 3, 4, 10)] == [False, False, False, True, True]
     assert not budget.drafts(3, 3), "four rows save four times as much, and pay for four prompts"
     assert LoadBudget(costs, profile).drafts(1, 1), "a draft that adds nothing to a prompt pays at once"
-    assert LoadBudget({1: {Budget(1): 1.0}}, profile, {1: 9.0}).drafts(1, 1), "never measured without"
+    assert LoadBudget({1: {Budget(1): 1.0}}, profile, 9.0).drafts(1, 1), "never measured without"
 
 
 def test_requests_that_are_not_drafted_for_are_tried_now_and_then_for_some_rounds() -> None:
-    budget = LoadBudget({1: {Budget(0): 1.0, Budget(1): 5.0}}, GOOD, {1: 1.0})
+    budget = LoadBudget({1: {Budget(0): 1.0, Budget(1): 5.0}}, GOOD, 1.0)
     asked = [budget.drafts(1, 10) for _ in range(3 * PROBE_EVERY)]
     assert asked.count(True) == 3
     drafted = [budget(1).steps > 0 for _ in range(PROBE_EVERY - 1)]
@@ -161,7 +161,32 @@ def test_who_is_not_drafted_for_gets_the_same_list_and_reads_no_prompt_for_the_d
 
 def test_what_a_draft_adds_to_a_prompt_is_measured(tiny: Tiny) -> None:
     decoder, budget = measured(tiny, [0.99] * 4)
-    assert set(budget.prompt_seconds) == set(budget.seconds)
-    assert all(0 <= seconds < 1 for seconds in budget.prompt_seconds.values())
+    assert 0 <= budget.prompt_seconds < 1
     assert decoder.drafts == budget.drafts
     assert budget.decisions_per_item == pytest.approx(tiny.trie.decisions_per_item)
+
+
+def test_rounds_that_are_arithmetic_are_not_measured_but_multiplied(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 4 to 8 rows a round takes twice as long, so it does from 8 to 16; from 2 to 4 it would be told too soon."""
+    timed: list[int] = []
+
+    def seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> list[float]:
+        timed.append(len(batch))
+        return [len(batch) * (1.0 + budget.steps / 4)]
+
+    monkeypatch.setattr("model.decoding.budget._round_seconds", seconds)
+    decoder = ListDecoder(
+        tiny.target,
+        tiny.draft(),
+        tiny.trie,
+        tiny.catalog,
+        num_rows=16,
+        max_history_items=6,
+        max_k=10,
+        budget=lambda rows: Budget(0),
+    )
+    budget = measured_budget(decoder, [ListRequest("r", (tiny.codes[0],), 5)], GOOD, repeats=1)
+    assert set(timed) == {1, 2, 4, 8}
+    assert budget.seconds[16] == {candidate: 2 * found for candidate, found in budget.seconds[8].items()}
