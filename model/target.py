@@ -8,6 +8,7 @@ Shapes: B rows, n new tokens, T cached positions looked at, d hidden size, H que
 s head size, S item tokens (all codes of all levels).
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,6 +175,12 @@ class Target:
         cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=self.device), positions)
         half = self.head_size // 2
         return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
+
+
+def preload() -> None:
+    """Import what reading a checkpoint will import: a second or two that a process may spend before it is needed."""
+    for name in ARCHITECTURES:
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
 def _sliding_window(config: Any) -> int | None:

@@ -28,8 +28,10 @@ def spawn(
     parent_death_signal: signal.Signals = signal.SIGKILL,
     output: int | None = None,
     errors: int | None = None,
+    given: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
-    """Start `command`; it gets `parent_death_signal` when the calling thread's process ends (Linux).
+    """Start `command`; it gets `parent_death_signal` when the calling thread's process ends (Linux). `given` is its
+    standard input.
 
     Call it from the main thread: Linux sends the signal when the *thread* that started the child ends. The child has a
     process group of its own: a Ctrl-C in the terminal reaches the parent alone, which then stops it in order.
@@ -39,7 +41,7 @@ def spawn(
         command = [*shim, *command]
     return subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=given,
         stdout=output,
         stderr=errors,
         env=None if environ is None else dict(environ),

@@ -103,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = add("serve", "Valkey, worker and API on this machine", _serve, (*_ENGINE, *_HTTP))
     serve.add_argument("--external-redis", metavar="URL", help="use this Redis instead of a Valkey of our own")
     add("api", "the API process", _api, (*_HTTP, *_API))
-    add("worker", "the worker process", _worker, (*_ENGINE, *_HTTP, "redis_url"))
+    worker = add("worker", "the worker process", _worker, (*_ENGINE, *_HTTP, "redis_url"))
+    worker.add_argument("--spare", action="store_true", help="load the code, then wait for a line on standard input")
     publish = add(
         "publish", "write a catalog to Redis and make it the active version", _publish, ("bundle", "redis_url")
     )
@@ -160,15 +161,21 @@ def _api(flags: Flags) -> int:
 def _worker(flags: Flags) -> int:
     try:
         from model.bundle import BundleError
+        from model.target import preload
         from service.worker.app import load_app
     except ModuleNotFoundError as error:
         return _say(f"the worker needs the package {error.name}; run `make install`", REFUSED)
     from service.process import run_app
 
+    spare = flags.pop("spare")
     settings = _load(flags)
     if "port" not in settings.model_fields_set:
         settings = settings.model_copy(update={"port": WORKER_PORT})
     log.configure_logging(settings.log_level, "worker")
+    if spare:
+        preload()
+        if not sys.stdin.readline():  # whoever would have needed it is gone
+            return 0
     try:
         run_app(load_app, settings)
     except BundleError as error:

@@ -76,7 +76,14 @@ class _Plan:
     def children(self) -> list[Child]:
         drain, finish = self.settings.drain_seconds, self.settings.finish_seconds
         api = Child("api", self.start_api, drain + finish + 5, lambda: is_alive(self.settings.host, self.port))
-        worker = Child("worker", self.start_worker, finish + 5, lambda: is_alive(LOOPBACK, self.worker_port))
+        worker = Child(
+            "worker",
+            self.start_worker,
+            finish + 5,
+            healthy=lambda: is_alive(LOOPBACK, self.worker_port),
+            spare=self.start_spare,
+            settled=lambda: answers_ok(LOOPBACK, self.worker_port, "readyz"),
+        )
         if self.external_redis:
             self.publish()
             return [worker, api]
@@ -96,17 +103,21 @@ class _Plan:
             # Not the end: the API reads the same catalog from the bundle.
             logger.warning("the catalog was not published", extra={"reason": str(error)})
 
-    def start_worker(self) -> subprocess.Popen[bytes]:
+    def start_worker(self, given: int = subprocess.DEVNULL, *flags: str) -> subprocess.Popen[bytes]:
         # Nobody but our API asks this worker, and that has stopped before: it need not wait to be noticed.
-        return self._start("worker", LOOPBACK, self.worker_port, "--drain-seconds", "0", "--metrics-port", "0")
+        flags = ("--drain-seconds", "0", "--metrics-port", "0", *flags)
+        return self._start("worker", LOOPBACK, self.worker_port, given, *flags)
+
+    def start_spare(self) -> subprocess.Popen[bytes]:
+        return self.start_worker(subprocess.PIPE, "--spare")
 
     def start_api(self) -> subprocess.Popen[bytes]:
-        return self._start("api", self.settings.host, self.port)
+        return self._start("api", self.settings.host, self.port, subprocess.DEVNULL)
 
-    def _start(self, name: str, host: str, port: int, *flags: str) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, host: str, port: int, given: int, *flags: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "service.cli", name, "--host", host, "--port", str(port), *flags]
         environ = {**os.environ, **environment(self.settings), **self._wiring()}
-        return child.spawn(command, environ=environ)
+        return child.spawn(command, environ=environ, given=given)
 
     def _wiring(self) -> dict[str, str]:
         # By environment, not by flags: a Redis URL may hold a password, and flags are for everyone to see.
@@ -167,8 +178,13 @@ def is_ready(url: str) -> bool:
 
 def is_alive(host: str, port: int) -> bool:
     """Whether a process of ours answers, and says that it is alive."""
+    return answers_ok(host, port, "healthz")
+
+
+def answers_ok(host: str, port: int, path: str) -> bool:
+    """Whether a process of ours answers a probe with 200."""
     try:
-        return httpx.get(f"http://{_reachable(host)}:{port}/healthz", timeout=1.0, trust_env=False).status_code == 200
+        return httpx.get(f"http://{_reachable(host)}:{port}/{path}", timeout=1.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 

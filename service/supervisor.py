@@ -29,13 +29,20 @@ class PortTaken(RuntimeError):
 @dataclass
 class Child:
     """One process to keep alive. `stop_seconds`: how long it may take to finish its work after SIGTERM. `healthy` asks
-    it how it is, within a second or so; it is called on another thread than `start`."""
+    it how it is, within a second or so; it is called on another thread than `start`.
+
+    `spare` starts one that has taken its time to load code and waits for a line on its standard input: it takes the
+    place of one that died, and is made once that one has `settled`, so that it takes no time from its start."""
 
     name: str
     start: Callable[[], subprocess.Popen[bytes]]
     stop_seconds: float = 10.0
     healthy: Callable[[], bool] | None = None
+    spare: Callable[[], subprocess.Popen[bytes]] | None = None
+    settled: Callable[[], bool] = lambda: True
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    waiting: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    was_settled: bool = field(default=False, init=False)
     failures: int = field(default=0, init=False)
     started: float = field(default=0.0, init=False)
     restart_at: float | None = field(default=None, init=False)
@@ -107,6 +114,8 @@ class Supervisor:
                     continue
                 if healthy:
                     each.was_healthy, each.unwell_since, each.unwell_answers = True, None, 0
+                    if each.spare is not None and not each.was_settled and each.settled():
+                        each.was_settled = process is each.process
                 else:
                     each.unwell_since = each.unwell_since or time.monotonic()
                     each.unwell_answers += 1
@@ -120,10 +129,20 @@ class Supervisor:
 
     def _start(self, each: Child) -> None:
         each.restart_at = None
-        each.was_healthy, each.unwell_since, each.unwell_answers = False, None, 0
+        each.was_healthy, each.unwell_since, each.unwell_answers, each.was_settled = False, None, 0, False
         each.started = time.monotonic()
-        each.process = each.start()
+        each.process = self._spare(each) or each.start()
         logger.info("started", extra={"child": each.name, "pid": each.process.pid})
+
+    def _spare(self, each: Child) -> subprocess.Popen[bytes] | None:
+        """The spare, told to go on; None when there is none, or it has died."""
+        spare, each.waiting = each.waiting, None
+        if spare is None:
+            return None
+        assert spare.stdin is not None, "a spare is told by its standard input"
+        with contextlib.suppress(BrokenPipeError), spare.stdin as told:
+            told.write(b"go\n")
+        return spare if spare.poll() is None else None
 
     def _watch(self, each: Child) -> int | None:
         """Restart a dead child when its time has come. Returns an exit status when there is no point in going on."""
@@ -134,6 +153,9 @@ class Supervisor:
         assert each.process is not None, "watched before it was started"
         status = each.process.poll()
         if status is None:
+            if each.was_settled and each.spare is not None and each.waiting is None:
+                each.waiting = each.spare()
+                logger.info("a spare is made", extra={"child": each.name, "pid": each.waiting.pid})
             if self._hangs(each):
                 logger.error("%s hangs; replacing it", each.name)
                 each.unwell_since = None
@@ -154,6 +176,9 @@ class Supervisor:
 
     def _stop_all(self) -> None:
         for each in reversed(self.children):
+            if each.waiting is not None and each.waiting.stdin is not None:
+                each.waiting.stdin.close()
+                child.stop(each.waiting, 0.5)
             if each.process is not None:
                 status = child.stop(each.process, each.stop_seconds)
                 logger.info("stopped", extra={"child": each.name, "status": status})

@@ -149,8 +149,8 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def pid_of(service: Process, word: str) -> int:
-    """The one process below `padrec serve` whose command holds `word`."""
-    (pid,) = (pid for pid, command in descendants(service.pid).items() if word in command)
+    """The one process below `padrec serve` whose command holds `word`, spares left out."""
+    (pid,) = (pid for pid, command in descendants(service.pid).items() if word in command and "--spare" not in command)
     return pid
 
 

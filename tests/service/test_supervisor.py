@@ -158,6 +158,71 @@ def test_a_slow_start_is_not_taken_for_a_hang() -> None:
     assert slow.failures == 0
 
 
+WAIT = "import sys, time; sys.stdin.readline() and print('on', flush=True); time.sleep(60)"
+
+
+def waiting() -> subprocess.Popen[bytes]:
+    return child.spawn([sys.executable, "-S", "-c", WAIT], given=subprocess.PIPE, output=subprocess.PIPE)
+
+
+def test_a_spare_takes_the_place_of_a_dead_child_and_gets_a_spare_itself() -> None:
+    keeper = Child("worker", lambda: python(SLEEP), healthy=lambda: True, spare=waiting)
+    lives: list[int] = []
+    spares: list[int] = []
+
+    def look() -> None:
+        assert keeper.process is not None
+        if keeper.process.pid not in lives:
+            lives.append(keeper.process.pid)
+        if keeper.waiting is not None and keeper.waiting.pid not in spares:
+            spares.append(keeper.waiting.pid)
+            if len(spares) == 1:
+                os.kill(keeper.process.pid, signal.SIGKILL)
+            else:
+                assert keeper.process.stdout is not None and keeper.waiting.stdout is not None
+                with keeper.process.stdout as said, keeper.waiting.stdout:
+                    assert said.readline() == b"on\n", "it was told"
+                supervisor.request_stop()
+
+    supervisor = Supervisor([keeper], first_backoff=0.01, on_round=look)
+    assert supervisor.run() == 0
+    assert lives[1] == spares[0]
+    assert len(lives) == len(spares) == 2
+    assert keeper.waiting is not None
+    assert gone(keeper.waiting.pid), "a spare that was not needed is stopped too"
+
+
+def test_no_spare_is_made_before_a_child_has_settled_and_a_dead_one_is_not_needed() -> None:
+    settled: list[int] = []
+    keeper = Child(
+        "worker",
+        lambda: python(SLEEP),
+        healthy=lambda: True,
+        spare=lambda: child.spawn([sys.executable, "-S", "-c", "raise SystemExit(3)"], given=subprocess.PIPE),
+        settled=lambda: len(settled) > 0,
+    )
+    lives: list[int] = []
+    supervisor = Supervisor([keeper], first_backoff=0.01, hung_seconds=0.1)
+    rounds = iter(range(1000))
+
+    def look() -> None:
+        assert keeper.process is not None
+        if keeper.process.pid not in lives:
+            lives.append(keeper.process.pid)
+        if next(rounds) < 10:
+            assert keeper.waiting is None
+            return
+        settled.append(1)
+        if len(lives) == 2:
+            supervisor.request_stop()
+        elif keeper.waiting is not None and keeper.waiting.poll() is not None and keeper.process.poll() is None:
+            keeper.process.kill()
+
+    supervisor.on_round = look
+    assert supervisor.run() == 0
+    assert len(lives) == 2, "started in the ordinary way"
+
+
 def state_of(each: Child) -> str:
     """The one-letter state of a child's process, as /proc tells it."""
     assert each.process is not None
