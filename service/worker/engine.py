@@ -24,6 +24,7 @@ logger = logging.getLogger("padrec.engine")
 
 MAX_PREFILL = 4  # prompts read between two rounds: a burst of arrivals must not stall the lists being written
 HEARTBEAT_SECONDS = 5.0
+TRY_SECONDS = 1.0  # between requests that are tried although they are predicted to be late
 LINGER_SECONDS = 10.0  # a replaced edition takes requests for so long: API processes learn of the new one by and by
 
 
@@ -136,6 +137,7 @@ class Engine:
         self.observe, self.warm_up, self.max_wait_seconds = observe, warm_up, max_wait_seconds
         self.editions = [Edition(version, decoder, golden)]  # oldest first
         self.scheduler, self.pace = Scheduler(max_waiting), Pace()
+        self._tried = 0.0
         self._changed = threading.Condition()
         self._leaving: set[str] = set()
         self._trial: _Trial | None = None
@@ -244,15 +246,20 @@ class Engine:
         raise OtherEdition(newest.version)
 
     def _refuse_what_cannot_be_done(self, request: Asked) -> None:
-        wait = self.scheduler.wait_seconds(self.num_rows, self.pace)
-        # Not by prediction alone: with a row free a request is tried, or a wrong prediction would last for ever.
+        wait, now = self.scheduler.wait_seconds(self.num_rows, self.pace), time.monotonic()
+        others = len(self.scheduler.running) + len(self.scheduler.waiting)
         reason = None
         if self.scheduler.is_full:
             reason = "queue"
         elif wait > self.max_wait_seconds:
             reason = "work"
-        elif wait and time.monotonic() + wait + self.pace.stay(request, self.num_rows) > request.deadline:
-            reason = "deadline"
+        elif others and now + wait + self.pace.stay(request, min(self.num_rows, others + 1)) > request.deadline:
+            # Also with a row free: one row too many makes every list late. Not by prediction alone: now and then a
+            # request is tried, or a wrong prediction would last for ever.
+            if wait or now < self._tried + TRY_SECONDS:
+                reason = "deadline"
+            else:
+                self._tried = now
         if reason is not None:
             raise EngineOverloaded(reason, max(wait, 0.1))
 

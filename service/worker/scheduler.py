@@ -71,8 +71,9 @@ class Pace:
         return request.k * self.item_seconds(isinstance(request, BeamRequest), rows)
 
     def stay(self, request: Asked, rows: int) -> float:
-        """Seconds from getting a row to the answer: the engine's time is shared by `rows`."""
-        return self.prompt_seconds + self.work(request, rows) * rows
+        """Seconds from getting a row to the answer: the engine's time is shared by `rows`, each of which reads a prompt
+        meanwhile, this one's or that of the next request to have it."""
+        return rows * (self.prompt_seconds + self.work(request, rows))
 
 
 class Scheduler:

@@ -195,6 +195,29 @@ def test_a_request_that_the_line_would_keep_past_its_deadline_is_refused_at_once
         assert patient.result(timeout=30).items
 
 
+def test_a_row_too_many_that_would_make_everybody_late_is_refused_and_tried_now_and_then(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.worker.engine.TRY_SECONDS", 0.2)
+    golden = [request(tiny, "golden", 10)]
+    with running(decoder(tiny, SlowDecoder, num_rows=3), golden=golden) as (engine, _):
+        first = engine.submit(request(tiny, "first", 20))
+        until(lambda: engine.status().running == 1)
+        soon = time.monotonic() + 0.05
+        tried = engine.submit(request(tiny, "tried", 20, soon))
+        with pytest.raises(EngineOverloaded) as caught:
+            engine.submit(request(tiny, "late", 20, soon))
+        assert caught.value.reason == "deadline"
+        assert engine.submit(request(tiny, "patient", 20, time.monotonic() + 60)).result(timeout=30).items
+        with pytest.raises(DeadlineExceeded):
+            tried.result(timeout=5)
+        assert first.result(timeout=30).items
+        second = engine.submit(request(tiny, "second", 20))
+        time.sleep(0.25)
+        engine.submit(request(tiny, "tried again", 20, time.monotonic() + 0.05))
+        assert second.result(timeout=30).items
+
+
 def test_the_line_is_bounded_in_work_too(tiny: Tiny) -> None:
     golden = [request(tiny, "golden", 10)]
     with running(decoder(tiny, SlowDecoder, num_rows=1), golden=golden, max_wait_seconds=0.3) as (engine, _):

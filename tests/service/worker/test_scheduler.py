@@ -68,7 +68,7 @@ def test_a_newcomer_waits_for_the_work_before_him_and_not_where_a_row_is_free() 
     assert line.wait_seconds(2, pace) == pytest.approx(0.6)
     line.waiting.append(ticket("c"))
     assert line.wait_seconds(2, pace) == pytest.approx(1.2)
-    assert pace.stay(ListRequest("d", ((0,),), 4), 2) == pytest.approx(0.1 + 4 * 0.5 * 2)
+    assert pace.stay(ListRequest("d", ((0,),), 4), 2) == pytest.approx(2 * (0.1 + 4 * 0.5))
 
 
 def test_lists_and_beams_are_paced_apart() -> None:
