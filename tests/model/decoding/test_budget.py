@@ -91,17 +91,21 @@ def test_candidates_are_none_chains_and_trees_within_the_bounds() -> None:
     assert all(budget.steps <= 2 and budget.steps * budget.width <= 6 for budget in found)
 
 
-def measured(tiny: Tiny, acceptance: list[float]) -> tuple[ListDecoder, LoadBudget]:
-    decoder = ListDecoder(
+def drafting(tiny: Tiny, num_rows: int) -> ListDecoder:
+    return ListDecoder(
         tiny.target,
         tiny.draft(),
         tiny.trie,
         tiny.catalog,
-        num_rows=2,
+        num_rows=num_rows,
         max_history_items=6,
         max_k=10,
         budget=lambda rows: Budget(3),
     )
+
+
+def measured(tiny: Tiny, acceptance: list[float]) -> tuple[ListDecoder, LoadBudget]:
+    decoder = drafting(tiny, 2)
     requests = [ListRequest(str(i), (tiny.codes[i],), 10) for i in range(2)]
     return decoder, measured_budget(decoder, requests, Profile.guess(tiny.trie.num_levels, acceptance), repeats=2)
 
@@ -177,16 +181,6 @@ def test_rounds_that_are_arithmetic_are_not_measured_but_multiplied(
         return [len(batch) * (1.0 + budget.steps / 4)]
 
     monkeypatch.setattr("model.decoding.budget._round_seconds", seconds)
-    decoder = ListDecoder(
-        tiny.target,
-        tiny.draft(),
-        tiny.trie,
-        tiny.catalog,
-        num_rows=16,
-        max_history_items=6,
-        max_k=10,
-        budget=lambda rows: Budget(0),
-    )
-    budget = measured_budget(decoder, [ListRequest("r", (tiny.codes[0],), 5)], GOOD, repeats=1)
+    budget = measured_budget(drafting(tiny, 16), [ListRequest("r", (tiny.codes[0],), 5)], GOOD, repeats=1)
     assert set(timed) == {1, 2, 4, 8}
     assert budget.seconds[16] == {candidate: 2 * found for candidate, found in budget.seconds[8].items()}
