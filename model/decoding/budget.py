@@ -24,13 +24,16 @@ from model.decoding.topology import Budget, Tree, best_trees, gains
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # nodes of the candidates
 LONG_LIST = 40  # items of the lists that rounds are timed on
-PRIOR = 30  # decisions that what the profile says is worth
+PRIOR = 30  # decisions that what the profile says is worth to begin with
+DOUBT = 2  # and for ever: where little is seen, little is known
 FADE = 0.99  # of what was seen, a round
 DECIDE_EVERY = 16  # rounds
 PROBE_EVERY = 64  # rounds, or requests, without speculation
 SATURATED = 0.9  # of what a row's share of a round costs at the load before
 FEW_ROWS = 4
-MARGIN = 0.03  # of what a round takes: saving less than its measurement may err by is saving nothing
+# Of what a round takes: saving less is saving nothing. At warm-up rounds follow each other; in service they follow
+# prompts, and find less of the draft in the caches.
+MARGIN = 0.15
 PROBE_ROUNDS = 8  # of a request drafted for to try
 
 
@@ -53,7 +56,8 @@ class LoadBudget:
         self._refused, self._probing = 0, 0
         self.seconds, self.profile = dict(sorted(seconds.items())), profile
         slots = range(len(profile.acceptance))
-        self._expected, self._passed = ([[0.0] * profile.steps for _ in slots] for _ in range(2))
+        # What the profile says is where it begins, and fades like everything seen.
+        self._expected, self._passed = ([[float(PRIOR)] * profile.steps for _ in slots] for _ in range(2))
         self._begun = [PRIOR * share for share in profile.begins]
         self._rates = {
             budget: [_rates(budget, profile, slot) for slot in slots]
@@ -93,14 +97,15 @@ class LoadBudget:
         return 1.0 + sum(share * sum(_survival(rates, right)) for share, rates, right in ways) / begun
 
     def observe(self, stats: RoundStats) -> None:
-        """Learn from a round's counts; every so often decide anew."""
-        if self._last.steps and stats.draft_tokens:
-            told = zip(self._rates[self._last], stats.tried, stats.passed, strict=True)
-            for slot, (rates, tried, passed) in enumerate(told):
-                self._begun[slot] = FADE * self._begun[slot] + (tried[0] if tried else 0)
-                for step, rate in enumerate(rates[: len(tried)]):
-                    self._expected[slot][step] = FADE * self._expected[slot][step] + tried[step] * rate
-                    self._passed[slot][step] = FADE * self._passed[slot][step] + passed[step]
+        """Learn from a round's counts; every so often decide anew. A round without drafts says nothing of them."""
+        if not (self._last.steps and stats.draft_tokens):
+            return
+        told = zip(self._rates[self._last], stats.tried, stats.passed, strict=True)
+        for slot, (rates, tried, passed) in enumerate(told):
+            self._begun[slot] = FADE * self._begun[slot] + (tried[0] if tried else 0)
+            for step, rate in enumerate(rates[: len(tried)]):
+                self._expected[slot][step] = FADE * self._expected[slot][step] + tried[step] * rate
+                self._passed[slot][step] = FADE * self._passed[slot][step] + passed[step]
         self._observed += 1
         if self._observed % DECIDE_EVERY == 0:
             self._decide()
@@ -112,7 +117,7 @@ class LoadBudget:
     def _corrections(self) -> list[list[float]]:
         """What was seen over what the profile expected, by slot and step."""
         both = zip(self._passed, self._expected, strict=True)
-        return [[(p + PRIOR) / (e + PRIOR) for p, e in zip(passed, expected, strict=True)] for passed, expected in both]
+        return [[(p + DOUBT) / (e + DOUBT) for p, e in zip(passed, expected, strict=True)] for passed, expected in both]
 
     def _decide(self) -> None:
         decisions = {budget: self.decisions(budget) for budget in self._rates}

@@ -131,7 +131,7 @@ def test_a_list_too_short_to_earn_what_its_prompt_costs_is_not_drafted_for() -> 
     profile = Profile.guess(1, [1.0])
     costs = {1: {Budget(0): 1.0, Budget(1): 1.0}, 4: {Budget(0): 4.0, Budget(1): 4.0}}
     budget = LoadBudget(costs, profile, 3.0, decisions_per_item=2.0)
-    assert [budget.drafts(1, items) for items in (1, 2, 3, 4, 10)] == [False, False, False, True, True]
+    assert [budget.drafts(1, items) for items in (1, 2, 4, 5, 10)] == [False, False, False, True, True]
     assert not budget.drafts(3, 3), "four rows save four times as much, and pay for four prompts"
     assert LoadBudget(costs, profile).drafts(1, 1), "a draft that adds nothing to a prompt pays at once"
     assert LoadBudget({1: {Budget(1): 1.0}}, profile, 9.0).drafts(1, 1), "never measured without"
@@ -184,3 +184,14 @@ def test_rounds_that_are_arithmetic_are_not_measured_but_multiplied(
     budget = measured_budget(drafting(tiny, 16), [ListRequest("r", (tiny.codes[0],), 5)], GOOD, repeats=1)
     assert set(timed) == {1, 2, 4, 8}
     assert budget.seconds[16] == {candidate: 2 * found for candidate, found in budget.seconds[8].items()}
+
+
+def test_a_draft_much_worse_than_its_profile_is_found_out_in_every_slot() -> None:
+    """Slots are seen in turn: what the profile says of one must not outlast what is seen of it."""
+    budget = LoadBudget({1: {Budget(0): 100.0, Budget(1): 1.0}}, Profile.guess(4, [0.9]))
+    for number in range(800):
+        budget(1)
+        tried = tuple((int(slot == number % 4),) for slot in range(4))
+        passed = tuple((int(slot == number % 4 and number // 4 % 4 == 0),) for slot in range(4))
+        budget.observe(rounds(tried, passed))
+    assert budget.decisions(Budget(1)) == pytest.approx(1.25, abs=0.1)
