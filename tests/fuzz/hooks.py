@@ -18,5 +18,16 @@ def filter_body(context: Any, body: Any) -> bool:
     )
 
 
+@schemathesis.hook
+def filter_case(context: Any, case: Any) -> bool:
+    """Nothing that the strategy has no use for: one field says what another may be."""
+    body = case.body
+    if not isinstance(body, dict):
+        return True
+    if body.get("strategy", "list") == "list":
+        return body.get("verification") != "relaxed"
+    return not body.get("temperature") and body.get("top_p") is None
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, int | float)
