@@ -6,11 +6,10 @@
 #include "layers.h"
 #include <algorithm>
 
-/* The tables of an item trie (model/item_trie.py), and the target's head over item tokens: level l's columns begin at
- * `level_columns[l]`, a node's is `column`. */
+/* The tables of an item trie (model/item_trie.py), and the target's head over item tokens, of which a node's is `column`. */
 struct Trie {
     int64_t items, levels, nodes, first_leaf, size;
-    const int64_t *leaf_start, *first_child, *column, *level_columns;
+    const int64_t *leaf_start, *first_child, *column;
     const int32_t *run_end, *item_tokens, *code;
     const int8_t *depth;
     const float *head;

@@ -20,7 +20,7 @@ _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 class _Trie(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("items", "levels", "nodes", "first_leaf", "size")),
-        *((name, _pointer) for name in ("leaf_start", "first_child", "column", "level_columns")),
+        *((name, _pointer) for name in ("leaf_start", "first_child", "column")),
         *((name, _pointer) for name in ("run_end", "item_tokens", "code", "depth", "head")),
     ]
 
@@ -41,8 +41,7 @@ class NativeTrie:
     """An item trie, and the head that chooses among its children."""
 
     def __init__(self, trie: ItemTrie, head: NativeLinear) -> None:
-        columns = torch.tensor([0, *trie.vocabulary.codebook_sizes]).cumsum(0)
-        tables = (trie.leaf_start, trie.first_child, trie.column, columns, trie.run_end, trie.item_tokens)
+        tables = (trie.leaf_start, trie.first_child, trie.column, trie.run_end, trie.item_tokens)
         read = (*tables, trie.code, trie.depth, head.packed)
         shape = (trie.num_items, trie.num_levels, trie.num_nodes, trie.first_leaf, head.columns)
         self._kept = (trie, head, read)
