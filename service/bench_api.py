@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import uvicorn
 from service import child
 from service.api.catalog_file import CatalogFile
 from service.api.publish import publish
-from service.bench_serve import CONCURRENCIES, load_histories, percentile
+from service.bench_serve import CONCURRENCIES, finished, load_histories, percentile
 from service.embedded_valkey import start_valkey
 from service.movielens import BUNDLE, DATA
 from service.serve import ServiceFailed, wait_until_ready
@@ -222,10 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ServiceFailed, OSError) as error:
         print(f"bench api: {error}", file=sys.stderr)
         return 1
-    if options.json:
-        text = json.dumps([asdict(record) for record in records], indent=1)
-        options.json.write_text(text + "\n", encoding="utf-8")
-    return 1 if any(record.errors for record in records) else 0
+    return finished(records, options.json)
 
 
 if __name__ == "__main__":

@@ -74,9 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ServiceFailed, PortTaken, OSError) as error:
         print(f"bench serve: {error}", file=sys.stderr)
         return 1
-    if options.json:
+    return finished(records, options.json)
+
+
+def finished(records: Sequence[Any], path: Path | None) -> int:
+    """Write the records, dataclasses that count `errors`, as JSON where a `path` is given. Returns the exit status: 1
+    where there were errors."""
+    if path:
         text = json.dumps([asdict(record) for record in records], indent=1)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        path.write_text(text + "\n", encoding="utf-8")
     return 1 if any(record.errors for record in records) else 0
 
 
