@@ -72,6 +72,10 @@ class Subject:
     checkpoint: Path
     replacement: bool = False
 
+    def first(self, users: int) -> "Subject":
+        """The same with the first cases alone (0: all)."""
+        return replace(self, cases=self.cases[:users] if users else self.cases)
+
     def requests(self, k: int, relaxed: bool = False) -> list[BeamRequest]:
         strict = [BeamRequest(str(n), case.history, k) for n, case in enumerate(self.cases)]
         if not relaxed:
@@ -92,7 +96,7 @@ class Subject:
         )
 
 
-def of_bundle(bundle: Bundle, folder: Path, data: Path, users: int = 0) -> Subject:
+def of_bundle(bundle: Bundle, folder: Path, data: Path) -> Subject:
     """A bundle and its held-out MovieLens users: everything but the last ten items, and then the next one. Raises
     DataError."""
     cases = tuple(Case(name, tuple(found[:-10]), found[-10]) for name, found in held_out_items(bundle, data).items())
@@ -103,12 +107,12 @@ def of_bundle(bundle: Bundle, folder: Path, data: Path, users: int = 0) -> Subje
         bundle.catalog,
         bundle.draft,
         bundle.info.max_history_items,
-        cases[:users] if users else cases,
+        cases,
         folder / "target",
     )
 
 
-def of_run(run: Run, users: int = 0) -> Subject:
+def of_run(run: Run) -> Subject:
     """A training run whose stages are done, and the last case of each of its held-out users."""
     codes = run.codes
     asked = last_cases(run.split.test, run.recipe.data)
@@ -121,7 +125,7 @@ def of_run(run: Run, users: int = 0) -> Subject:
         run.catalog,
         Draft(network, run.target.embedding, run.vocabulary),
         run.recipe.target.max_history_items,
-        tuple(found[:users] if users else found),
+        tuple(found),
         run.folder / "finetune" / "checkpoint",
     )
 
@@ -162,28 +166,26 @@ def quality(subject: Subject, items: Sequence[Sequence[Codes]]) -> tuple[float, 
     return len(hits) / len(ranks), sum(1 / math.log2(rank + 2) for rank in hits) / len(ranks)
 
 
-def compared(
-    subject: Subject, items: Sequence[Sequence[Codes]], twins: dict[str, tuple[BeamResult, float]], exact: bool
-) -> Record:
-    """How the answers compare with the twin's: identical ones, near-ties, mismatches (strict plans have none),
-    overlap, quality and what it lost."""
-    counts = {"identical": 0, "near_ties": 0, "mismatches": 0}
-    overlap, right = [], []
+def compared(items: Sequence[Sequence[Codes]], twins: dict[str, tuple[BeamResult, float]], exact: bool) -> Record:
+    """How the answers compare with the twin's: identical ones, near-ties, mismatches (strict plans have none)."""
+    counts = {"near_ties": 0, "mismatches": 0}
+    identical = 0
     for place, found in enumerate(items):
         result, margin = twins[str(place)]
-        wanted = [item.codes for item in result.items]
-        right.append(wanted)
-        overlap.append(len(set(found) & set(wanted)) / max(1, len(wanted)))
-        same = list(found) == wanted
-        counts[
-            "identical" if same or not exact else "near_ties" if margin < NEAR_TIES[torch.float32] else "mismatches"
-        ] += 1
-    recall, ndcg = quality(subject, items)
-    exact_recall, exact_ndcg = quality(subject, right)
+        same = list(found) == [item.codes for item in result.items]
+        identical += same
+        if exact and not same:
+            counts["near_ties" if margin < NEAR_TIES[torch.float32] else "mismatches"] += 1
+    return {"identical": identical / len(items), **counts}
+
+
+def judged(subject: Subject, items: Sequence[Sequence[Codes]], exact: Sequence[Sequence[Codes]]) -> Record:
+    """Quality of answers, and what they lost against the `exact` ones."""
+    (recall, ndcg), (exact_recall, exact_ndcg) = quality(subject, items), quality(subject, exact)
+    pairs = zip(items, exact, strict=True)
     return {
-        **counts,
-        "identical": sum(list(f) == r for f, r in zip(items, right, strict=True)) / len(right),
-        "overlap": round(statistics.mean(overlap), 4),
+        "judged": len(items),
+        "overlap": round(statistics.mean(len({*found} & {*right}) / max(1, len(right)) for found, right in pairs), 4),
         "recall": round(recall, 4),
         "ndcg": round(ndcg, 4),
         "recall_lost": round(exact_recall - recall, 4),
@@ -192,15 +194,22 @@ def compared(
 
 
 def bench_beam(
-    subject: Subject, ks: Sequence[int], batches: Sequence[int], repeats: int, say: Callable[[str], None]
+    subject: Subject,
+    ks: Sequence[int],
+    batches: Sequence[int],
+    repeats: int,
+    say: Callable[[str], None],
+    everybody: Subject | None = None,
 ) -> list[Record]:
-    """Medians of interleaved repeats, per K, batch and plan."""
+    """Medians of interleaved repeats, per K, batch and plan. Quality is over `everybody` (default: those timed): it
+    needs more users than times do, and no twin."""
     records = []
     plans = [p for p in PLANS if subject.draft is not None or not p.startswith("atspeed")]
-    twins = {}
+    twins, judgements = {}, {}
     for k in ks:
         say(f"the slow twin's answers at K = {k}")
         twins[k] = twins_of(subject, k)
+        judgements[k] = _judgements(everybody or subject, k)
     for batch in batches:
         alone = subject.decoder(TREE_ATTENTION, batch, max(ks))
         drafting = subject.decoder(ATSPEED, batch, max(ks), subject.draft)
@@ -229,12 +238,21 @@ def bench_beam(
                     "ms_max": round(1e3 * max(seconds[name]), 3),
                     "speedup": round(statistics.median(seconds["plain"]) / statistics.median(seconds[name]), 3),
                     **told[1],
-                    **compared(subject, told[0], twins[k], exact=name != "atspeed-r"),
+                    **compared(told[0], twins[k], exact=name != "atspeed-r"),
+                    **judgements[k][name == "atspeed-r"],
                     **machine(),
                 }
                 records.append(record)
                 say(line(record))
     return records
+
+
+def _judgements(subject: Subject, k: int) -> tuple[Record, Record]:
+    """The quality of exact answers, by one plan for all of them, and that of relaxed ones."""
+    decoder = subject.decoder(ATSPEED, 32, k, subject.draft)
+    exact = _told(subject, "tree-attention", _with(decoder, TREE_ATTENTION, subject.requests(k)))[0]
+    relaxed = _told(subject, "atspeed-r", _with(decoder, ATSPEED, subject.requests(k, relaxed=True)))[0]
+    return judged(subject, exact, exact), judged(subject, relaxed, exact)
 
 
 def _ways(
@@ -291,7 +309,7 @@ def line(record: Record) -> str:
     if record["plan"] == "atspeed-r":
         text += (
             f"  LOSSY: overlap {record['overlap']:.3f}  recall lost {record['recall_lost']:+.4f}  "
-            f"ndcg lost {record['ndcg_lost']:+.4f}"
+            f"ndcg lost {record['ndcg_lost']:+.4f}  over {record['judged']} users"
         )
     return text
 
@@ -317,7 +335,7 @@ def bench_exact(subject: Subject, ks: Sequence[int], say: Callable[[str], None])
                     results = run(subject.decoder(plan, batch, k, draft), subject.requests(k))
                     told = _told(subject, plan.name, results)
                     record = {"draft": name, "plan": plan.name, "k": k, "batch": batch, **told[1]}
-                    records.append(record | compared(subject, told[0], twins, exact=True))
+                    records.append(record | compared(told[0], twins, exact=True))
                     say(json.dumps(records[-1]))
     return records
 
@@ -364,7 +382,8 @@ def bench_transformers(subject: Subject, ks: Sequence[int], repeats: int, say: C
             "ms_min": round(1e3 * min(times), 3),
             "ms_max": round(1e3 * max(times), 3),
             "target_passes": levels - 1,
-            **compared(subject, items, twins, exact=True),
+            **compared(items, twins, exact=True),
+            **judged(subject, items, [[i.codes for i in twins[str(n)][0].items] for n in range(len(items))]),
             **machine(),
         }
         records.append(record)
@@ -387,6 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3, 5, 10, 20, 50])
     parser.add_argument("--users", type=int, default=0, help="first so many held-out users (0: all)")
+    parser.add_argument("--judged", type=int, default=1000, help="users over whom recall and NDCG are taken (0: all)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--replacement", action="store_true", help="let relaxed requests draw with replacement")
@@ -399,12 +419,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.recipe:
             recipe = with_data(load_recipe(options.recipe), options.data)
-            subject = of_run(Run(recipe, options.runs / recipe.name), options.users)
+            whole = of_run(Run(recipe, options.runs / recipe.name))
         else:
-            subject = of_bundle(load_bundle(options.bundle), options.bundle, options.data or ML_100K, options.users)
-        subject = replace(subject, replacement=options.replacement)
+            whole = of_bundle(load_bundle(options.bundle), options.bundle, options.data or ML_100K)
+        whole = replace(whole, replacement=options.replacement)
         if options.draft:
-            subject = replace(subject, draft=aligned_draft(subject.target, options.draft))
+            whole = replace(whole, draft=aligned_draft(whole.target, options.draft))
+        subject = whole.first(options.users)
     except (BundleError, DataError, RecipeError, OSError, ValueError) as exc:
         print(f"padrec bench beam: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 2
@@ -413,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif options.transformers:
         records = bench_transformers(subject, options.k, options.repeats, _say)
     else:
-        records = bench_beam(subject, options.k, options.batch, options.repeats, _say)
+        records = bench_beam(subject, options.k, options.batch, options.repeats, _say, whole.first(options.judged))
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
     if options.plot:

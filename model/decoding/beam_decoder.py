@@ -17,9 +17,9 @@ import torch
 
 from model.catalog import Catalog
 from model.decoding.beam_choice import Beams, ascending, best, joint_scores
-from model.decoding.beam_draft import DraftedLevel, HeadDraft, LevelHeads, Lot, ModelDraft, Search
+from model.decoding.beam_draft import HeadDraft, LevelHeads, Lot, ModelDraft, Search
 from model.decoding.beam_plan import Ahead, Plan, Question, Seen
-from model.decoding.beam_relaxed import generator, keep
+from model.decoding.beam_relaxed import Luck, keep
 from model.decoding.beam_request import MAX_BEAMS, BeamRequest, BeamResult, BeamStats
 from model.decoding.beam_rows import BeamRow, BeamRows, Known
 from model.decoding.beam_tree import BeamTree
@@ -28,8 +28,9 @@ from model.decoding.request import InvalidRequest
 from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie
 from model.kv_cache import Sight, TreeSight, Write
-from model.native.beams import Asked, NativeBeams
+from model.native.beams import Asked, NativeBeams, NativeRows
 from model.native.kernel import NativeLinear
+from model.native.search import NativeSearch, SearchAsked
 from model.native.tables import NativeCache, NativeTrie
 from model.target import Target
 
@@ -74,7 +75,8 @@ class BeamDecoder:
         self._draft_seconds = 0.0
         filters = FilterTable(catalog, trie, num_rows)
         self.rows = BeamRows(num_rows, self.tree, filters, max_history_items, room, target.hidden_size, self.max_k)
-        self.native = self._native()
+        self._native_rows = NativeRows(self.tree.tables(), self.tree.nowhere, self.tree.has_chains)
+        self.native, self.native_search = self._native(), self._native_search()
 
     def validate(self, request: BeamRequest) -> None:
         """Raises InvalidRequest for content this decoder cannot decode."""
@@ -132,8 +134,7 @@ class BeamDecoder:
             width = max(held[place].beams for place in after)
             found, scores = self.rows.beam[picked, :width], self.rows.score[picked, :width]
             start = Beams(found, scores.masked_fill(found == self.tree.nowhere, float("-inf")))
-            longest = max(len(prompts[place]) for place in after)
-            of = tuple(feature[after, :longest] for feature in features)
+            of = [features[place] for place in after]
             self._search([indices[place] for place in after], [prompts[place] for place in after], start, 1, of)
 
     def _drafts_after(self, row: BeamRow, rows: int) -> bool:
@@ -152,29 +153,34 @@ class BeamDecoder:
         prompts: Sequence[Sequence[int]],
         start: Beams,
         level: int,
-        features: tuple[Tensor, ...],
+        features: Sequence[Sequence[Tensor]],
     ) -> None:
         """Let the draft search from `start`; what it proposes waits in the rows for their next pass."""
         assert self.draft is not None
         started, held = time.perf_counter(), [self.rows.row(i) for i in indices]
-        tokens, length = self._padded(prompts)
         lots = [
             Lot(row.seed, row.request.replacement) if row.request.verification == "relaxed" else None for row in held
         ]
-        may = self.rows.may(torch.tensor(indices, device=tokens.device))
         # Fewer beams than the target keeps could never hold all of them.
         widths = [max(self.draft_width, row.wanted) for row in held]
-        search = Search(tokens, length, may, start, level, widths, lots)
-        drafted = self.draft.search(search, self._draft_to - level, features)
-        proposed = [part.drawn for part in drafted]
-        if self.plan.below:
-            proposed.append(self.tree.decisions_below(drafted[-1].drawn))
-        for place, row in enumerate(held):
-            row.guessed = torch.cat([part[place] for part in proposed])
-            if lots[place] is not None:
-                row.drafted = {
-                    level + step: DraftedLevel(*(tensor[place] for tensor in part)) for step, part in enumerate(drafted)
-                }
+        if self.native_search is None:
+            tokens, length = self._padded(prompts)
+            may = self.rows.may(torch.tensor(indices, device=tokens.device))
+            search = Search(tokens, length, may, start, level, widths, lots)
+            levels = self.draft.search(search, self._draft_to - level, features)
+        else:
+            asked = []
+            for place, (index, lot) in enumerate(zip(indices, lots, strict=True)):
+                count = held[place].beams if level else 1
+                beams = (start.nodes[place, :count].tolist(), start.scores[place, :count].tolist(), widths[place])
+                of = features[place] if features else ()
+                asked.append(SearchAsked(index, prompts[place], *beams, of, *(lot or ())))
+            levels = self.native_search(asked, self.rows.state(), level, self._draft_to - level)
+        for row, lot, drafted in zip(held, lots, zip(*levels, strict=True), strict=True):
+            row.guessed = torch.cat([part.drawn for part in drafted])
+            row.deepest = len(drafted[-1].drawn) if self.plan.below else 0
+            if lot is not None:
+                row.drafted = dict(enumerate(drafted, start=level))
         self._draft_seconds += time.perf_counter() - started
 
     # ---- passes -----------------------------------------------------------------------------------------------
@@ -239,41 +245,48 @@ class BeamDecoder:
         ways: list[Ahead],
         prompts: Sequence[Sequence[int]] = (),
         layers: Sequence[int] = (),
-    ) -> tuple[Tensor, ...]:
-        """A pass over the rows, after their `prompts` if these are new, and as far as they walk then. Returns the
-        outputs [B, P, d] of `layers` over the prompts."""
+    ) -> list[list[Tensor]]:
+        """A pass over the rows, after their `prompts` if these are new, and as far as they walk then. Returns, by
+        prompt, the outputs [its tokens, d] of `layers` over it."""
         if self.native is None:
             rows = torch.tensor(indices, device=self.target.device)
             nodes = self._wanted(rows, held, ways, bool(prompts))
             features = self._read(indices, rows, nodes, prompts, layers)
             self._walk(indices, rows)
-            return features
+            return [[feature[i, : len(prompt)] for feature in features] for i, prompt in enumerate(prompts)]
         asked = []
         for place, (index, row, way) in enumerate(zip(indices, held, ways, strict=True)):
-            given = (way is Ahead.WHOLE, not row.drafted, prompts[place] if prompts else (), row.guessed)
-            asked.append(Asked(index, row.wanted, row.level, row.beams, row.settled, self._limit(row), *given))
-            row.guessed = None
+            given = (way is Ahead.WHOLE, prompts[place] if prompts else (), row.guessed, row.deepest)
+            limit, lot = self._limit(row), (row.seed, row.request.replacement, row.drafted)
+            asked.append(Asked(index, row.wanted, row.level, row.beams, row.settled, limit, *given, *lot))
         told, outputs = self.native(asked, self.rows.state(), layers)
         for row, one in zip(held, told, strict=True):
+            row.guessed, row.deepest = None, 0
+            row.drafted = {}  # what was not reached was drafted from other beams
             row.used += one.read
             row.draft_tokens += max(0, one.read - row.alone)
             row.accepted += one.accepted
             row.forced += one.forced
             row.level, row.beams, row.settled = one.level, one.beams, bool(one.settled)
             row.alone, row.whole = one.alone, one.below
-        relaxed = [index for index, row in zip(indices, held, strict=True) if row.drafted]
-        if relaxed:
-            self._walk(relaxed, torch.tensor(relaxed))
-        lengths = [len(prompt) for prompt in prompts]
-        return tuple(torch.nn.utils.rnn.pad_sequence(output.split(lengths), batch_first=True) for output in outputs)
+            row.lossy |= bool(one.lossy)
+        by_layer = [output.split([len(prompt) for prompt in prompts]) for output in outputs]
+        return [list(of) for of in zip(*by_layer, strict=True)]
 
     def _native(self) -> NativeBeams | None:
         """The compiled pass, where it can run the target."""
-        target, tree = self.target, self.tree
+        target = self.target
         if target.native is None or not isinstance(target.head, NativeLinear):
             return None
         trie, cache = NativeTrie(self.trie, target.head), NativeCache(self.cache, target.rotations)
-        return NativeBeams(trie, tree.tables(), tree.nowhere, tree.has_chains, target.native, cache)
+        return NativeBeams(trie, self._native_rows, target.native, cache)
+
+    def _native_search(self) -> NativeSearch | None:
+        """The compiled search, where it can run the draft."""
+        if self.draft is None:
+            return None
+        own = self.draft.native(self.target)
+        return own and NativeSearch(self.trie, self._native_rows, self.tree.widest, own)
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """The tokens [B, P] and the length [B] of prompts."""
@@ -307,9 +320,14 @@ class BeamDecoder:
         """What drafts proposed for the rows, [B, n]; they do so once."""
         none = self.rows.beam.new_empty(0)
         found = [none if row.guessed is None else row.guessed for row in held]
+        deepest = [of[len(of) - row.deepest :] for of, row in zip(found, held, strict=True)]
         for row in held:
-            row.guessed = None
-        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=self.tree.nowhere)
+            row.guessed, row.deepest = None, 0
+        guessed, above = (
+            torch.nn.utils.rnn.pad_sequence(of, batch_first=True, padding_value=self.tree.nowhere)
+            for of in (found, deepest)
+        )
+        return torch.cat([guessed, self.tree.decisions_below(above)], dim=1) if above.shape[1] else guessed
 
     def _read(
         self,
@@ -451,7 +469,7 @@ class BeamDecoder:
         for place, row in enumerate(held):
             if level in row.drafted:
                 row.lossy = True
-                beams = self._relax(place, row, level, nodes, children, joint, beams)
+                beams = self._relax(place, row, level, children, joint, beams)
         self.rows.move(rows, beams)
         chosen = beams.nodes
         settled = (tree.available(chosen, may) <= 1) | (chosen == tree.nowhere)
@@ -481,32 +499,25 @@ class BeamDecoder:
                 stopped.append(index)
         return stopped
 
-    def _relax(
-        self, place: int, row: BeamRow, level: int, nodes: Tensor, children: Children, joint: Tensor, beams: Beams
-    ) -> Beams:
+    def _relax(self, place: int, row: BeamRow, level: int, children: Children, joint: Tensor, beams: Beams) -> Beams:
         """The row at `place` keeps what relaxed verification keeps instead of its K best."""
-        parents, drafted, drawn = row.drafted[level]
+        drafted, q, drawn = (tensor.cpu() for tensor in row.drafted[level])
         legal = joint[place].isfinite().cpu()
-        mine = children.nodes[place].cpu()[legal]
-        p = joint[place].cpu()[legal]
-        at = torch.searchsorted(parents, nodes[place].contiguous()).clamp(max=len(parents) - 1)
-        there = (parents[at] == nodes[place]).unsqueeze(-1)
-        q = drafted[at].masked_fill(~there, float("-inf")).cpu()[legal]
+        mine, p = children.nodes[place].cpu()[legal], joint[place].cpu()[legal]
+        if not len(drafted):
+            return beams
+        at = torch.searchsorted(drafted, mine).clamp(max=len(drafted) - 1)
+        q = q[at].masked_fill(drafted[at] != mine, float("-inf"))
         if not bool(q.isfinite().any()):
             return beams
-        found = torch.searchsorted(mine, drawn.cpu()).clamp(max=len(mine) - 1)
-        found = found[mine[found] == drawn.cpu()]
-        luck = generator(row.seed, level, verifying=True)
+        found = torch.searchsorted(mine, drawn).clamp(max=len(mine) - 1)
+        found = found[mine[found] == drawn]
         shares = (torch.softmax(p.double(), 0), torch.softmax(q.double(), 0))
-        kept = keep(*shares, found, row.wanted, row.request.replacement, luck)
-        own_nodes = torch.full_like(beams.nodes[place], self.tree.nowhere)
-        own_scores = torch.full_like(beams.scores[place], float("-inf"))
-        own_nodes[: len(kept)], own_scores[: len(kept)] = mine[kept].to(nodes.device), p[kept].to(nodes.device)
-        relaxed = ascending(own_nodes[None], own_scores[None], self.tree)
-        return Beams(
-            beams.nodes.index_copy(0, torch.tensor([place], device=nodes.device), relaxed.nodes),
-            beams.scores.index_copy(0, torch.tensor([place], device=nodes.device), relaxed.scores),
-        )
+        kept = keep(*shares, mine, found, row.wanted, row.request.replacement, Luck(row.seed, level))
+        stay, scores = beams.nodes.clone(), beams.scores.clone()
+        stay[place], scores[place] = self.tree.nowhere, float("-inf")
+        stay[place, : len(kept)], scores[place, : len(kept)] = mine[kept].to(stay.device), p[kept].to(stay.device)
+        return ascending(stay, scores, self.tree)
 
     # ---- host -------------------------------------------------------------------------------------------------
 

@@ -14,13 +14,16 @@ from typing import NamedTuple
 import torch
 
 from model.decoding.beam_choice import Beams, ascending, best, joint_scores
-from model.decoding.beam_relaxed import draw, generator
+from model.decoding.beam_relaxed import Luck, draw
 from model.decoding.beam_tree import BeamTree
 from model.draft.draft import Draft
 from model.item_trie import Availability, Children
 from model.kv_cache import KVCache, Sight, TreeSight, Write
 from model.linear import PackedLinear
+from model.native.beams import Drafted
 from model.native.kernel import NativeLinear
+from model.native.search import Searching
+from model.native.tables import NativeCache
 from model.target import Target
 
 Tensor = torch.Tensor
@@ -47,15 +50,6 @@ class Lot(NamedTuple):
 
     seed: int
     replacement: bool
-
-
-class DraftedLevel(NamedTuple):
-    """What was drafted at a level: the `parents` [B, W] searched from (ascending), the `joint` score [B, W, C] of each
-    of their continuations (nats), and the nodes `drawn` [B, N] in order (padded)."""
-
-    parents: Tensor
-    joint: Tensor
-    drawn: Tensor
 
 
 class Search(NamedTuple):
@@ -87,11 +81,19 @@ class HeadDraft:
     def feature_layers(self) -> tuple[int, ...]:
         return self.draft.feature_layers
 
-    def search(self, search: Search, levels: int, features: tuple[Tensor, ...]) -> list[DraftedLevel]:
-        """Draft `levels` levels below the beams, which are first codes. `features`: the target's layers [B, P, d] over
-        the prompt."""
+    def native(self, target: Target) -> Searching | None:
+        """This draft as compiled code takes it, where that can run it."""
+        draft, head = self.draft, target.head
+        if draft.native is None or not isinstance(head, NativeLinear):
+            return None
+        return Searching(draft.native, NativeCache(self.cache, draft.rotations), head, draft.terms, draft.packed_fuse)
+
+    def search(self, search: Search, levels: int, features: Sequence[Sequence[Tensor]]) -> list[tuple[Drafted, ...]]:
+        """Draft `levels` levels below the beams, which are first codes: for each level what it drew for each row.
+        `features`: of each row, the target's layers [its tokens, d] over the prompt."""
         rows, device = len(search.tokens), search.tokens.device
-        fused = self.draft.fuse_features(features)
+        layers = (torch.nn.utils.rnn.pad_sequence(list(of), batch_first=True) for of in zip(*features, strict=True))
+        fused = self.draft.fuse_features(tuple(layers))
         before = torch.cat([torch.zeros_like(fused[:, :1]), fused[:, :-1]], dim=1)
         row = torch.arange(rows, device=device)[:, None]
         positions = torch.arange(search.tokens.shape[1], device=device).expand(rows, -1)
@@ -137,8 +139,18 @@ class ModelDraft:
         model.reserve_positions(total)
         self.cache: KVCache = model.new_cache(num_rows, total)
 
-    def search(self, search: Search, levels: int, features: tuple[Tensor, ...] = ()) -> list[DraftedLevel]:
-        """Draft `levels` levels below the root."""
+    def native(self, target: Target) -> Searching | None:
+        """As for `HeadDraft`."""
+        del target
+        model, head = self.model, self.model.head
+        if model.native is None or not isinstance(head, NativeLinear):
+            return None
+        return Searching(model.native, NativeCache(self.cache, model.rotations), head)
+
+    def search(
+        self, search: Search, levels: int, features: Sequence[Sequence[Tensor]] = ()
+    ) -> list[tuple[Drafted, ...]]:
+        """Draft `levels` levels below the root: for each level what it drew for each row."""
         rows, device = len(search.tokens), search.tokens.device
         row = torch.arange(rows, device=device)[:, None]
         longest = search.tokens.shape[1]
@@ -168,33 +180,31 @@ class ModelDraft:
 
 def _next_level(
     tree: BeamTree, heads: LevelHeads, hidden: Tensor, search: Search, beams: Beams, level: int
-) -> tuple[DraftedLevel, Beams, Tensor]:
-    """What is drafted below `beams` at `level`, the beams to go on from, and the place [B, W] of each one's parent."""
+) -> tuple[tuple[Drafted, ...], Beams, Tensor]:
+    """What is drafted below `beams` at `level` for each row, the beams to go on from, and the place [B, W] of each
+    one's parent."""
     trie = tree.trie
     children = trie.children(beams.nodes, search.may, widest=tree.widest[level])
     joint = joint_scores(heads(level, hidden, children, trie.code), children, beams.scores)
     nodes, flat = children.nodes.flatten(1), joint.flatten(1)
     chosen = best(flat, nodes, search.widths, tree)
-    drawn = chosen.nodes
-    relaxed = [(place, lot) for place, lot in enumerate(search.lots) if lot is not None]
-    if relaxed:
-        # As many draws as the row has beams, however few continuations the widest row of the batch has.
-        drawn = drawn.new_full((len(flat), max(search.widths)), tree.nowhere)
-        drawn[:, : chosen.nodes.shape[1]] = chosen.nodes
-        kept, scores = chosen.nodes.clone(), chosen.scores.clone()
-        for place, lot in relaxed:
-            # Among what is legal: luck must not depend on how wide the rest of the batch is.
-            legal = flat[place].isfinite().nonzero()[:, 0]
-            if not len(legal):
-                continue
-            luck = generator(lot.seed, level, verifying=False)
-            drafted = draw(flat[place, legal].cpu(), search.widths[place], lot.replacement, luck)
-            found = legal[drafted.to(legal.device)]
-            drawn[place], kept[place], scores[place] = tree.nowhere, tree.nowhere, float("-inf")
-            drawn[place, : len(found)] = nodes[place, found]
-            distinct = found.unique()
-            kept[place, : len(distinct)], scores[place, : len(distinct)] = nodes[place, distinct], flat[place, distinct]
-        chosen = ascending(kept, scores, tree)
+    found = []
+    kept, scores = chosen.nodes.clone(), chosen.scores.clone()
+    for place, lot in enumerate(search.lots):
+        legal = flat[place].isfinite()
+        if lot is None or not bool(legal.any()):
+            own = chosen.nodes[place]
+            found.append(Drafted(nodes[:0, 0], flat[:0, 0], own[own != tree.nowhere]))
+            continue
+        # Among what is legal: luck must not depend on how wide the rest of the batch is.
+        every, log_probs = nodes[place, legal], flat[place, legal]
+        luck = Luck(lot.seed, level)
+        drawn = draw(log_probs.cpu(), every.cpu(), search.widths[place], lot.replacement, luck).to(every.device)
+        found.append(Drafted(every, log_probs, every[drawn]))
+        distinct = drawn.unique()
+        kept[place], scores[place] = tree.nowhere, float("-inf")
+        kept[place, : len(distinct)], scores[place, : len(distinct)] = every[distinct], log_probs[distinct]
+    chosen = ascending(kept, scores, tree)
     above = tree.parent.take(chosen.nodes)
     parent = torch.searchsorted(beams.nodes.contiguous(), above).clamp_(max=beams.nodes.shape[1] - 1)
-    return DraftedLevel(beams.nodes, joint, drawn), chosen, parent
+    return tuple(found), chosen, parent

@@ -120,6 +120,7 @@ class MeasuredPlan:
     below: bool = True
     _seen: dict[int, list[float]] = field(default_factory=dict)
     _left: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    _by_rows: dict[int, Cost] = field(default_factory=dict)
     _refused: int = 0
 
     def ahead(self, question: Question) -> Ahead:
@@ -169,4 +170,8 @@ class MeasuredPlan:
         return self._seen.setdefault(k.bit_length(), [PRIOR, PRIOR / 2, PRIOR * nodes])
 
     def _cost(self, rows: int) -> Cost:
-        return next((cost for load, cost in sorted(self.costs.items()) if load >= rows), self.costs[max(self.costs)])
+        """That of the smallest load measured which is no smaller."""
+        if rows not in self._by_rows:
+            above = [load for load in self.costs if load >= rows]
+            self._by_rows[rows] = self.costs[min(above) if above else max(self.costs)]
+        return self._by_rows[rows]

@@ -12,61 +12,72 @@ up, until `width` different ones are there, which is drawing from p without repl
 the `width` most likely stay; if there are fewer, the rest is drawn from the residual without replacement. What is
 included is not exactly what drawing from p would include.
 
-Knows probabilities only. Shapes: X continuations, n draws.
+Knows probabilities and nodes only; it is the twin of `model/native/relaxed.h`. Shapes: X continuations, n draws.
 """
+
+from typing import NamedTuple
 
 import torch
 
+from model.decoding.sampling import uniform
+
 Tensor = torch.Tensor
+_DRAW, _VERDICT, _RESIDUAL, _REST = range(4)
 
 
-def generator(seed: int, level: int, verifying: bool) -> torch.Generator:
-    """Luck that depends on the request and the level alone; the draft's is not the verification's."""
-    return torch.Generator().manual_seed((seed * 64 + 2 * level + verifying) % 2**63)
+class Luck(NamedTuple):
+    """What a request draws at a level depends on its seed, the level and what is drawn from alone."""
+
+    seed: int
+    level: int
+
+    def of(self, use: int, numbers: Tensor) -> Tensor:
+        """Uniform over (0, 1), one for each of `numbers`; what one use gets no other gets."""
+        return uniform(self.seed, self.level * 4 + use, numbers)
 
 
-def draw(log_probs: Tensor, count: int, replacement: bool, luck: torch.Generator) -> Tensor:
-    """`count` draws [n] from softmax of `log_probs` [X] (-inf: never), in order; without replacement fewer when there
-    are not so many."""
+def draw(log_probs: Tensor, nodes: Tensor, count: int, replacement: bool, luck: Luck) -> Tensor:
+    """`count` places [n] drawn from softmax of `log_probs` [X] (-inf: never) of `nodes` [X], in order; without
+    replacement fewer when there are not so many."""
     probabilities = torch.softmax(log_probs.double(), dim=0)
     if replacement:
-        return torch.multinomial(probabilities, count, replacement=True, generator=luck)
-    return _ordered(probabilities, min(count, int((probabilities > 0).sum())), luck)
+        return _independent(probabilities, torch.arange(count), _DRAW, luck)
+    return _ordered(probabilities, nodes, count, _DRAW, luck)
 
 
-def keep(p: Tensor, q: Tensor, drawn: Tensor, width: int, replacement: bool, luck: torch.Generator) -> Tensor:
-    """The continuations kept, at most `width` distinct ones, given what the draft `drawn` [n] from q [X]. Fewer only
-    where p [X] has fewer."""
+def keep(p: Tensor, q: Tensor, nodes: Tensor, drawn: Tensor, width: int, replacement: bool, luck: Luck) -> Tensor:
+    """The places kept, at most `width` distinct ones, given which the draft `drawn` [n] from q [X]. Fewer only where
+    p [X] of `nodes` [X] has fewer."""
     width = min(width, int((p > 0).sum()))
-    accepted = torch.rand(len(drawn), generator=luck, dtype=torch.float64) * q[drawn] < p[drawn]
+    order = torch.arange(len(drawn))
+    accepted = luck.of(_VERDICT, order) * q[drawn] < p[drawn]
     residual = (p - q).clamp(min=0)
     if replacement:
-        return _fill(p, residual, drawn, accepted, width, luck)
+        instead = _independent(residual, order, _RESIDUAL, luck) if bool((residual > 0).any()) else drawn
+        kept = torch.tensor(
+            list(dict.fromkeys(torch.where(accepted, drawn, instead).tolist()))[:width], dtype=torch.int64
+        )
+        # From p until `width` are distinct: the same as from what is left of p, without replacement.
+        rest = p.index_fill(0, kept, 0.0)
+        return torch.cat([kept, _ordered(rest, nodes, width - len(kept), _REST, luck)])
     kept = drawn[accepted]
     if len(kept) >= width:
         return kept[p[kept].argsort(descending=True, stable=True)[:width]]
-    for source in (residual, p):  # the residual may hold too few
+    for use, source in ((_RESIDUAL, residual), (_REST, p)):  # the residual may hold too few
         rest = source.index_fill(0, kept, 0.0)
-        missing = min(width - len(kept), int((rest > 0).sum()))
-        kept = torch.cat([kept, _ordered(rest, missing, luck)])
+        kept = torch.cat([kept, _ordered(rest, nodes, width - len(kept), use, luck)])
     return kept
 
 
-def _fill(p: Tensor, residual: Tensor, drawn: Tensor, accepted: Tensor, width: int, luck: torch.Generator) -> Tensor:
-    kept: dict[int, None] = {}
-    for drafted, passed in zip(drawn.tolist(), accepted.tolist(), strict=True):
-        if len(kept) == width:
-            break
-        kept[drafted if passed else int(torch.multinomial(residual, 1, generator=luck))] = None
-    found = torch.tensor(list(kept), dtype=torch.int64)
-    # From p until `width` are distinct: the same as from what is left of p, without replacement.
-    rest = p.index_fill(0, found, 0.0)
-    return torch.cat([found, _ordered(rest, width - len(found), luck)])
+def _independent(weights: Tensor, numbers: Tensor, use: int, luck: Luck) -> Tensor:
+    """A place drawn from `weights` [X] for each of `numbers`."""
+    below = weights.cumsum(0)
+    return torch.searchsorted(below, luck.of(use, numbers) * below[-1], right=True)
 
 
-def _ordered(weights: Tensor, count: int, luck: torch.Generator) -> Tensor:
-    """`count` draws without replacement, in the order they are drawn: exponential clocks, the first to ring."""
-    if not count:
-        return torch.empty(0, dtype=torch.int64)
-    clocks = torch.empty(len(weights), dtype=torch.float64).exponential_(generator=luck) / weights
-    return clocks.topk(count, largest=False).indices
+def _ordered(weights: Tensor, nodes: Tensor, count: int, use: int, luck: Luck) -> Tensor:
+    """At most `count` places drawn from `weights` [X] of `nodes` [X] without replacement, in the order they are drawn:
+    exponential clocks, the first to ring."""
+    there = (weights > 0).nonzero()[:, 0]
+    clocks = -luck.of(use, nodes[there]).log() / weights[there]
+    return there[clocks.topk(min(count, len(there)), largest=False).indices]

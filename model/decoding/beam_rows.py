@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 
 from model.decoding.beam_choice import Beams
-from model.decoding.beam_draft import DraftedLevel
 from model.decoding.beam_request import BeamRequest, BeamResult
 from model.decoding.beam_tree import BeamTree
 from model.decoding.filters import FilterTable
@@ -21,7 +20,7 @@ from model.decoding.held_rows import HeldRows
 from model.decoding.request import ScoredItem, SpeculationStats
 from model.decoding.sampling import fresh_seed
 from model.item_trie import Availability
-from model.native.beams import BeamState
+from model.native.beams import BeamState, Drafted
 
 Tensor = torch.Tensor
 
@@ -29,8 +28,9 @@ Tensor = torch.Tensor
 @dataclass
 class BeamRow:
     """What the host knows of one request. `level`: how many codes its beams have; `alone`, `whole`: nodes to pass over
-    next, without and with all sub-trees; `guessed` nodes a draft proposed for the next pass; `drafted` what it
-    searched, by level, kept only while verification is relaxed."""
+    next, without and with all sub-trees; `guessed` nodes a draft proposed for the next pass, which brings along the
+    sub-trees below the last `deepest` of them; `drafted` what it searched, by level, kept only while verification is
+    relaxed."""
 
     request: BeamRequest
     wanted: int
@@ -46,7 +46,8 @@ class BeamRow:
     alone: int = 0
     whole: int = 0
     guessed: Tensor | None = None
-    drafted: dict[int, DraftedLevel] = field(default_factory=dict)
+    deepest: int = 0
+    drafted: dict[int, Drafted] = field(default_factory=dict)
     lossy: bool = False
     rounds: int = 0
     draft_tokens: int = 0

@@ -45,15 +45,20 @@ def fresh_seed() -> int:
     return secrets.randbelow(MAX_SEED + 1)
 
 
-def gumbel(seed: Tensor, decision: Tensor, code: Tensor) -> Tensor:
-    """Standard Gumbel noise, float64, of int64 `seed`, `decision` and `code`, broadcast against each other.
+def uniform(seed: Tensor | int, decision: Tensor | int, code: Tensor) -> Tensor:
+    """Uniform over (0, 1), float64, of int64 `seed`, `decision` and `code`, broadcast against each other.
 
     SplitMix64 (Steele, Lea and Flood 2014) thrice: each number is mixed into a key that starts the next sequence.
     Integer arithmetic wraps, so the bits are the same on every device."""
-    bits = _mixed(_mixed(_mixed(seed + _GAMMA) + (decision + 1) * _GAMMA) + (code + 1) * _GAMMA)
-    # 52 bits and a half: uniform over (0, 1), never its ends, and exact in float64.
-    uniform = (_shifted(bits, 12).double() + 0.5) * 2.0**-52
-    return -(-uniform.log()).log()
+    seeds, decisions = (torch.as_tensor(number, device=code.device) for number in (seed, decision))
+    bits = _mixed(_mixed(_mixed(seeds + _GAMMA) + (decisions + 1) * _GAMMA) + (code + 1) * _GAMMA)
+    # 52 bits and a half: never an end of the interval, and exact in float64.
+    return (_shifted(bits, 12).double() + 0.5) * 2.0**-52
+
+
+def gumbel(seed: Tensor, decision: Tensor, code: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, of what `uniform` takes."""
+    return -(-uniform(seed, decision, code).log()).log()
 
 
 def noise(sampling: Sampling, trie: ItemTrie, nodes: Tensor, children: Children, path: Tensor) -> Tensor:

@@ -1,49 +1,35 @@
 /* A pass over beams on a CPU as one call: which nodes it reads, the target's pass, and how far the beams walk then.
  *
- * What is answered is what model/decoding/beam_decoder.py's tensors answer (they are the twin, and search on GPUs, in bf16
- * and where verification is relaxed). Rows are changed in place; what the host has to know of a row comes back as a few
+ * What is answered is what model/decoding/beam_decoder.py's tensors answer (they are the twin, and search on GPUs and in
+ * bf16). Rows are changed in place; what the host has to know of a row comes back as a few
  * numbers. Knows no requests.
  *
  * Words as in model/decoding: a row keeps every node it has passed over, with its hidden state, at a `place` behind its
  * prompt; a beam is settled when one item is left below it.
  */
-#include "tables.h"
-
-/* What beams look up besides (model/decoding/beam_tree.py), by node. `decisions` in depth-first order: `below` of them
- * from `first` on lie at or below a node. `nowhere` pads; where there are no `chains`, no decision is an only child. */
-struct Tree {
-    int64_t nowhere, chains, num_first_codes;
-    const int64_t *parent, *token, *only_child, *decisions, *first, *below, *first_codes;
-};
-
-/* The rows (model/decoding/beam_rows.py): `room` nodes each, `width` beams, `exclusions` leaves, ascending and padded. */
-struct Rows {
-    int64_t rows, room, width, exclusions;
-    int64_t *prompt, *used, *nodes, *beam;
-    float *hidden, *last, *score;
-    const int64_t *excluded, *filter_slot;
-    const int32_t *passing;
-};
+#include "relaxed.h"
 
 /* What is asked of a row. Its `beams` have `level` codes, `settled` if no pass was needed for that. At most `limit` new
- * nodes are read: the beams, whole sub-trees if `whole`, and `guessed` nodes; with a `prompt` of so many tokens, that,
- * and instead of beams all first codes if `whole`. Without `walk` the beams stay where they are. */
+ * nodes are read: the beams, whole sub-trees if `whole`, and `guessed` nodes, with the sub-trees below the last `deepest`
+ * of them; with a `prompt` of so many tokens, that, and instead of beams all first codes if `whole`. At the levels
+ * `drafted` verification is relaxed, by luck from the `seed`, with `replacement` or without. */
 struct Ask {
-    int64_t row, wanted, level, beams, settled, limit, whole, walk, prompt, guessed;
+    int64_t row, wanted, level, beams, settled, limit, whole, prompt, guessed, deepest, levels, seed, replacement;
+    const int64_t *guesses;
+    const Drafted *drafted;
 };
 
 /* What came of it: `read` new nodes, levels `accepted` (that saved a pass) and `forced`; the row's beams now, and nodes
- * to pass over next: `alone`, and with all `below` them. */
+ * to pass over next: `alone`, and with all `below` them; whether a level was `lossy`. */
 struct Told {
-    int64_t read, accepted, forced, level, beams, settled, alone, below;
+    int64_t read, accepted, forced, level, beams, settled, alone, below, lossy;
 };
 
-/* All rows asked. Prompts and guesses lie one after the other, in the order of `ask`; so do the prompts' `features`, one
- * array a layer. */
+/* All rows asked. Prompts lie one after the other, in the order of `ask`; so do their `features`, one array a layer. */
 struct BeamPass {
     int64_t asks, num_features;
     const Ask *ask;
-    const int64_t *prompts, *guesses, *feature_layers;
+    const int64_t *prompts, *feature_layers;
     float **features;
     Told *told;
 };
@@ -56,11 +42,6 @@ struct Place {
     bool operator<(const Place &other) const { return node < other.node; }
 };
 
-struct Scored {
-    float score;
-    int64_t node;
-};
-
 /* A row while it is asked. `known` ascends; `path` of fresh node i ends at `path_end[i]`. */
 struct Held {
     std::vector<Place> known;
@@ -69,28 +50,28 @@ struct Held {
     int64_t first_token, first_hidden; /* in the pass, and among those whose hidden states it gives */
 };
 
-struct Search {
+struct Walker {
     const Trie *t;
     const Tree *tree;
     Rows *rows;
     const BeamPass *p;
     int64_t size; /* of a hidden state */
 
-    May may(int64_t r) const {
-        const int64_t *excluded = rows->excluded + r * rows->exclusions;
-        const int32_t *passing = rows->filter_slot[r] ? rows->passing + rows->filter_slot[r] * t->nodes : nullptr;
-        return {passing, excluded, excluded + rows->exclusions};
-    }
-
     static const Place *find(const std::vector<Place> &known, int64_t node) {
         const auto found = std::lower_bound(known.begin(), known.end(), Place{node, 0});
         return found == known.end() || found->node != node ? nullptr : &*found;
     }
 
+    /* Adds all decisions at or below a node. */
+    void add_below(int64_t node, std::vector<int64_t> *to) const {
+        const int64_t *below = tree->decisions + tree->first[node];
+        to->insert(to->end(), below, below + tree->below[node]);
+    }
+
     /* Which nodes a row reads: each once, none known, none settled, nearest to the root first where room is short. */
-    void gather(const Ask &a, const int64_t *guessed, Held *held) const {
+    void gather(const Ask &a, Held *held) const {
         const int64_t r = a.row, used = rows->used[r], *beam = rows->beam + r * rows->width;
-        const May can = may(r);
+        const May can = may_of(t, rows, r);
         std::vector<int64_t> &fresh = held->fresh;
         for (int64_t i = 0; i < used; i++) held->known.push_back({rows->nodes[r * rows->room + i], i});
         std::sort(held->known.begin(), held->known.end());
@@ -100,10 +81,10 @@ struct Search {
             /* Through single children to the next decision: it rides for free. */
             for (int64_t node = beam[i], up = a.level; tree->chains && up < t->levels - 1; up++)
                 fresh.push_back(node = tree->only_child[node]);
-            const int64_t *below = tree->decisions + tree->first[beam[i]];
-            if (a.whole) fresh.insert(fresh.end(), below, below + tree->below[beam[i]]);
+            if (a.whole) add_below(beam[i], &fresh);
         }
-        fresh.insert(fresh.end(), guessed, guessed + a.guessed);
+        fresh.insert(fresh.end(), a.guesses, a.guesses + a.guessed);
+        for (int64_t i = a.guessed - a.deepest; i < a.guessed; i++) add_below(a.guesses[i], &fresh);
         std::sort(fresh.begin(), fresh.end());
         fresh.erase(std::unique(fresh.begin(), fresh.end()), fresh.end());
         fresh.erase(std::remove_if(fresh.begin(), fresh.end(),
@@ -127,16 +108,20 @@ struct Search {
         rows->used[r] = used + count;
     }
 
-    /* Adds the legal children of a beam. Of one child nothing can be said but that it comes. */
-    void expand(const May &can, int64_t node, float score, const float *hidden, Legal *legal,
-                std::vector<Scored> *found) const {
-        find_legal(t, can, node, nullptr, 0, legal);
-        const int64_t count = legal->child.size();
-        if (count == 1) found->push_back({score, legal->child[0]});
-        if (count < 2) return;
-        read_logits(t, hidden, nullptr, legal);
-        const float total = log_total(legal);
-        for (int64_t i = 0; i < count; i++) found->push_back({legal->logit[i] - total + score, legal->child[i]});
+    /* Of a level's continuations those that stay as beams, ascending. */
+    void choose(const Ask &a, int64_t level, std::vector<Scored> *found, Told *o) const {
+        for (int64_t i = 0; i < a.levels; i++) {
+            if (a.drafted[i].level != level) continue;
+            std::vector<int64_t> kept;
+            std::vector<Scored> stay;
+            o->lossy = 1;
+            if (!keep_relaxed(*found, a.drafted[i], a.wanted, a.replacement, {a.seed, level}, &kept)) continue;
+            std::sort(kept.begin(), kept.end());
+            for (const int64_t place : kept) stay.push_back((*found)[place]);
+            found->swap(stay);
+            return;
+        }
+        keep_best(found, a.wanted);
     }
 
     /* Moves a row's beams down as far as hidden states are known. */
@@ -144,24 +129,20 @@ struct Search {
         static thread_local Legal legal;
         static thread_local std::vector<Scored> found;
         const int64_t r = a.row;
-        const May can = may(r);
+        const May can = may_of(t, rows, r);
         int64_t *const beam = rows->beam + r * rows->width;
         float *const score = rows->score + r * rows->width;
-        for (bool on = a.walk, first = true; on && o->level < t->levels; first = false) {
+        for (bool on = true, first = true; on && o->level < t->levels; first = false) {
             found.clear();
-            if (!o->level) expand(can, 0, 0, rows->last + r * size, &legal, &found);
+            if (!o->level) expand(t, can, 0, 0, rows->last + r * size, &legal, &found);
             for (int64_t i = 0; o->level && i < o->beams; i++) {
                 const Place *place = find(held.known, beam[i]);
                 const float *hidden = place ? rows->hidden + (r * rows->room + place->at) * size : nullptr;
                 /* Only a settled beam is not known, and nothing is asked of its hidden state. */
-                expand(can, beam[i], score[i], hidden ? hidden : rows->last + r * size, &legal, &found);
+                expand(t, can, beam[i], score[i], hidden ? hidden : rows->last + r * size, &legal, &found);
             }
-            const int64_t count = std::min<int64_t>(a.wanted, found.size());
-            std::nth_element(found.begin(), found.begin() + count, found.end(), [](const Scored &x, const Scored &y) {
-                return x.score > y.score || (x.score == y.score && x.node < y.node);
-            });
-            std::sort(found.begin(), found.begin() + count,
-                      [](const Scored &x, const Scored &y) { return x.node < y.node; });
+            choose(a, o->level, &found, o);
+            const int64_t count = found.size();
             bool over = true, going = true, free = true;
             int64_t alone = 0, below = 0;
             for (int64_t i = 0; i < count; i++) {
@@ -186,15 +167,15 @@ struct Search {
     }
 };
 
-bool impossible(const Search &s, int64_t positions) {
-    for (int64_t i = 0, g = 0; i < s.p->asks; g += s.p->ask[i++].guessed) {
+bool impossible(const Walker &s, int64_t positions) {
+    for (int64_t i = 0; i < s.p->asks; i++) {
         const Ask &a = s.p->ask[i];
         if (a.row < 0 || a.row >= s.rows->rows || a.wanted < 1 || a.wanted > s.rows->width) return true;
         if (a.level < 0 || a.level > s.t->levels || a.beams < 0 || a.beams > s.rows->width) return true;
-        if (a.prompt < 0 || a.prompt > positions || a.guessed < 0 || s.rows->filter_slot[a.row] < 0) return true;
-        if (a.limit > s.rows->room - s.rows->used[a.row]) return true;
+        if (a.prompt < 0 || a.prompt > positions || s.rows->filter_slot[a.row] < 0) return true;
+        if (a.limit > s.rows->room - s.rows->used[a.row] || a.deepest < 0 || a.deepest > a.guessed) return true;
         for (int64_t k = 0; k < a.guessed; k++)
-            if (s.p->guesses[g + k] < 0 || s.p->guesses[g + k] > s.tree->nowhere) return true;
+            if (a.guesses[k] < 0 || a.guesses[k] > s.tree->nowhere) return true;
     }
     return false;
 }
@@ -207,17 +188,17 @@ extern "C" {
  * by then. */
 int padrec_beams(const Trie *t, const Tree *tree, const Model *m, Rows *rows, const BeamPass *p, const Cache *cache,
                  int threads) {
-    const Search search = {t, tree, rows, p, m->size};
+    const Walker search = {t, tree, rows, p, m->size};
     const int64_t asks = p->asks;
     if (impossible(search, cache->positions)) return 1;
     std::vector<Held> held(asks);
-    std::vector<int64_t> guesses(asks + 1), prompts(asks + 1);
+    std::vector<int64_t> prompts(asks + 1);
     for (int64_t i = 0; i < asks; i++) {
-        guesses[i + 1] = guesses[i] + p->ask[i].guessed, prompts[i + 1] = prompts[i] + p->ask[i].prompt;
+        prompts[i + 1] = prompts[i] + p->ask[i].prompt;
         if (p->ask[i].prompt) rows->prompt[p->ask[i].row] = p->ask[i].prompt;
     }
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (asks > 1)
-    for (int64_t i = 0; i < asks; i++) search.gather(p->ask[i], p->guesses + guesses[i], &held[i]);
+    for (int64_t i = 0; i < asks; i++) search.gather(p->ask[i], &held[i]);
 
     std::vector<int64_t> token, row, at, position, committed, seeing, asked;
     int64_t extra = 0;
@@ -269,7 +250,7 @@ int padrec_beams(const Trie *t, const Tree *tree, const Model *m, Rows *rows, co
         memcpy(rows->hidden + to * size, hidden + behind * size, count * size * sizeof(float));
         for (int64_t f = 0; f < p->num_features; f++)
             memcpy(p->features[f] + prompts[i] * size, features[f] + h.first_token * size, a.prompt * size * sizeof(float));
-        p->told[i] = {count, 0, 0, a.level, a.beams, a.settled, 0, 0};
+        p->told[i] = {count, 0, 0, a.level, a.beams, a.settled, 0, 0, 0};
         search.walk(a, h, p->told + i);
     }
     return 0;

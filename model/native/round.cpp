@@ -6,6 +6,7 @@
  * Words as in model/decoding: a node of the draft tree is one choice and the forced run behind it; group 0 of a row is its
  * pending run, group 1 + j * width + i is node i of draft step j.
  */
+#include "noise.h"
 #include "tables.h"
 #include <chrono>
 
@@ -72,18 +73,8 @@ Run run_of(const Trie *t, int64_t child, bool forced) {
             forced && done ? 0 : end};
 }
 
-uint64_t shuffled(uint64_t bits) {
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9ull;
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBull;
-    return bits ^ (bits >> 31);
-}
-
 /* Standard Gumbel noise, as model/decoding/sampling.py makes it. */
-double gumbel(uint64_t seed, uint64_t decision, uint64_t code) {
-    const uint64_t gamma = 0x9E3779B97F4A7C15ull;
-    const uint64_t bits = shuffled(shuffled(shuffled(seed + gamma) + (decision + 1) * gamma) + (code + 1) * gamma);
-    return -log(-log(((double)(bits >> 12) + 0.5) * 0x1p-52));
-}
+double gumbel(uint64_t seed, uint64_t decision, uint64_t code) { return -log(-log(uniform(seed, decision, code))); }
 
 /* Room for one choice. */
 struct Wanted {

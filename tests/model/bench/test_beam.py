@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from model.bench.beam import PLANS, Subject, bench_transformers, compared, main, of_bundle, quality, run, twins_of
+from model.bench.beam import (
+    PLANS,
+    Subject,
+    bench_transformers,
+    compared,
+    judged,
+    main,
+    of_bundle,
+    quality,
+    run,
+    twins_of,
+)
 from model.bench.beam_plain import PlainBeams
 from model.bundle import load_bundle
 from model.data.movielens import DataError
@@ -16,13 +27,13 @@ from model.train import alignment
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / ".data" / "ml-100k"
 KEYS = {"data", "plan", "k", "batch", "requests", "ms_per_request", "ms_min", "ms_max", "speedup", "target_passes"}
-KEYS |= {"accepted_levels", "forced_levels", "nodes_along", "identical", "near_ties", "mismatches", "overlap"}
-KEYS |= {"recall", "ndcg", "recall_lost", "ndcg_lost", "threads", "cores", "torch", "cpu"}
+KEYS |= {"accepted_levels", "forced_levels", "nodes_along", "identical", "near_ties", "mismatches"}
+KEYS |= {"judged", "overlap", "recall", "ndcg", "recall_lost", "ndcg_lost", "threads", "cores", "torch", "cpu"}
 
 
 @pytest.fixture(scope="module")
 def subject(debug_run: tuple[Path, Path]) -> Subject:
-    return of_bundle(load_bundle(debug_run[1]), debug_run[1], DATA, users=6)
+    return of_bundle(load_bundle(debug_run[1]), debug_run[1], DATA).first(6)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,7 @@ def test_a_bundle_from_other_data_is_a_data_error(debug_run: tuple[Path, Path]) 
 def test_plain_beams_are_the_twins(subject: Subject, twins: dict[str, tuple[BeamResult, float]], batch: int) -> None:
     plain, requests = PlainBeams(subject.target, subject.trie, batch, 7, 8), subject.requests(7)
     found = [items for b in range(0, 6, batch) for items in plain.decode(requests[b : b + batch])]
-    told = compared(subject, found, twins, exact=True)
+    told = compared(found, twins, exact=True)
     assert told["mismatches"] == 0
     assert told["identical"] >= 0.5
 
@@ -56,16 +67,29 @@ def test_what_differs_is_a_mismatch_unless_it_is_a_near_tie_or_lossy(
     subject: Subject, twins: dict[str, tuple[BeamResult, float]]
 ) -> None:
     right = [[item.codes for item in twins[str(n)][0].items] for n in range(6)]
-    assert compared(subject, right, twins, exact=True)["identical"] == 1.0
+    assert compared(right, twins, exact=True)["identical"] == 1.0
     wrong = [*right[:5], right[5][::-1]]
     clear = {name: (result, 1.0) for name, (result, _) in twins.items()}
     tied = {name: (result, 1e-6) for name, (result, _) in twins.items()}
-    assert compared(subject, wrong, clear, exact=True)["mismatches"] == 1
-    assert compared(subject, wrong, tied, exact=True)["near_ties"] == 1
-    assert compared(subject, wrong, clear, exact=False)["mismatches"] == 0
-    assert compared(subject, [*right[:5], right[5][:3]], clear, exact=False)["overlap"] == pytest.approx(
-        (5 + 3 / 7) / 6, abs=1e-3
-    )
+    assert compared(wrong, clear, exact=True)["mismatches"] == 1
+    assert compared(wrong, tied, exact=True)["near_ties"] == 1
+    assert compared(wrong, clear, exact=False)["mismatches"] == 0
+
+
+def test_quality_lost_is_that_of_the_exact_answers_less_what_came(
+    subject: Subject, twins: dict[str, tuple[BeamResult, float]]
+) -> None:
+    right = [[item.codes for item in twins[str(n)][0].items] for n in range(6)]
+    perfect = [[case.next, *items[1:]] for case, items in zip(subject.cases, right, strict=True)]
+    told = judged(subject, [*perfect[:5], perfect[5][1:4]], perfect)
+    assert told == {
+        "judged": 6,
+        "overlap": pytest.approx((5 + 3 / 7) / 6, abs=1e-3),
+        "recall": pytest.approx(5 / 6, abs=1e-4),
+        "ndcg": pytest.approx(5 / 6, abs=1e-4),
+        "recall_lost": pytest.approx(1 / 6, abs=1e-4),
+        "ndcg_lost": pytest.approx(1 / 6, abs=1e-4),
+    }
 
 
 def test_quality_is_recall_and_ndcg_of_the_next_item(subject: Subject) -> None:
@@ -89,7 +113,7 @@ def test_the_command_writes_a_record_for_every_plan_and_a_drawing(
 ) -> None:
     out, drawing = tmp_path / "beam.json", tmp_path / "beam.svg"
     arguments = ["--bundle", str(debug_run[1]), "--data", str(DATA), "--users", "3", "--repeats", "1", "--threads", "1"]
-    arguments += ["--batch", "1", "2", "--k", "2", "5", "--json", str(out), "--plot", str(drawing)]
+    arguments += ["--judged", "5", "--batch", "1", "2", "--k", "2", "5", "--json", str(out), "--plot", str(drawing)]
     assert main(arguments) == 0
     records = json.loads(out.read_text())
     assert [r["plan"] for r in records[: len(PLANS)]] == list(PLANS)
@@ -97,6 +121,7 @@ def test_the_command_writes_a_record_for_every_plan_and_a_drawing(
     for record in records:
         assert set(record) == KEYS
         assert record["mismatches"] == 0
+        assert (record["requests"], record["judged"]) == (3, 5)
         if record["plan"] not in ("plain", "atspeed-r"):
             passes = record["target_passes"] + record["accepted_levels"] + record["forced_levels"]
             assert passes == pytest.approx(3, abs=0.01)
@@ -122,6 +147,7 @@ def test_a_run_is_measured_with_a_draft_aligned_in_it(
     for kind in ("padrec", "model"):
         assert alignment.main([str(recipe), "--runs", str(runs), "--draft", kind, "--loss", "atspeed-r"]) == 0
         arguments = ["--recipe", str(recipe), "--runs", str(runs), "--users", "2", "--repeats", "1", "--threads", "1"]
+        arguments += ["--judged", "2"]
         arguments += ["--draft", str(runs / "debug" / f"align-{kind}-atspeed-r"), "--batch", "1", "--k", "3"]
         assert main([*arguments, "--json", str(out)]) == 0
         records = {r["plan"]: r for r in json.loads(out.read_text())}

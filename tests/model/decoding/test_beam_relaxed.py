@@ -2,18 +2,19 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from model.decoding.beam_relaxed import draw, generator, keep
+from model.decoding.beam_relaxed import Luck, draw, keep
 
 P = torch.tensor([0.35, 0.25, 0.2, 0.1, 0.06, 0.04, 0.0], dtype=torch.float64)
 Q = torch.tensor([0.05, 0.3, 0.1, 0.3, 0.05, 0.1, 0.1], dtype=torch.float64)
+NODES = torch.arange(30, 37)
 TRIES = 6000
 
 
 def answers(width: int, count: int, replacement: bool) -> list[list[int]]:
     found = []
     for seed in range(TRIES):
-        drawn = draw(Q.log(), count, replacement, generator(seed, 1, verifying=False))
-        found.append(keep(P, Q, drawn, width, replacement, generator(seed, 1, verifying=True)).tolist())
+        drawn = draw(Q.log(), NODES, count, replacement, Luck(seed, 1))
+        found.append(keep(P, Q, NODES, drawn, width, replacement, Luck(seed, 1)).tolist())
     return found
 
 
@@ -55,25 +56,19 @@ def test_as_many_distinct_ones_come_as_there_are(replacement: bool) -> None:
 
 
 def answers_for(width: int, count: int, replacement: bool) -> list[list[int]]:
+    lucks = (Luck(seed, 0) for seed in range(50))
     return [
-        keep(
-            P,
-            Q,
-            draw(Q.log(), count, replacement, generator(seed, 0, verifying=False)),
-            width,
-            replacement,
-            generator(seed, 0, verifying=True),
-        ).tolist()
-        for seed in range(50)
+        keep(P, Q, NODES, draw(Q.log(), NODES, count, replacement, luck), width, replacement, luck).tolist()
+        for luck in lucks
     ]
 
 
 def test_a_draft_that_is_the_target_is_never_refused() -> None:
     for seed in range(50):
-        drawn = draw(P.log(), 3, False, generator(seed, 0, verifying=False))
-        assert set(keep(P, P, drawn, 3, False, generator(seed, 0, verifying=True)).tolist()) == set(drawn.tolist())
+        drawn = draw(P.log(), NODES, 3, False, Luck(seed, 0))
+        assert set(keep(P, P, NODES, drawn, 3, False, Luck(seed, 0)).tolist()) == set(drawn.tolist())
 
 
 def test_draws_without_replacement_are_distinct_and_never_impossible() -> None:
     log_probs = torch.tensor([0.0, float("-inf"), -1.0])
-    assert set(draw(log_probs, 9, False, generator(0, 0, verifying=False)).tolist()) == {0, 2}
+    assert set(draw(log_probs, NODES[:3], 9, False, Luck(0, 0)).tolist()) == {0, 2}

@@ -10,6 +10,7 @@ from model.decoding.beam_plan import ATSPEED, DRAFT_FREE, TREE_ATTENTION, Plan
 from model.decoding.beam_request import BeamRequest, BeamResult, BeamStats
 from model.draft.draft import Draft
 from model.native.beams import Asked
+from model.native.search import SearchAsked
 from model.target import Target
 from tests.model.conftest import Tiny
 from tests.model.decoding.test_beam_decoder import (
@@ -34,7 +35,7 @@ def both(
     compiled, tensors = (decoder(tiny, plan, draft, max_nodes=max_nodes) for plan in plans)
     if compiled.native is None:
         pytest.skip("no compiled kernel here")
-    tensors.native = None
+    tensors.native = tensors.native_search = None
     return compiled, tensors
 
 
@@ -70,13 +71,35 @@ def test_whatever_rides_along_over_tries_of_any_shape(seed: int, sizes: tuple[in
     assert_equal(requests, decode_all(compiled, requests), decode_all(tensors, requests))
 
 
-def test_relaxed_rows_walk_as_tensors_beside_strict_ones_that_are_compiled(tiny: Tiny) -> None:
-    strict = [BeamRequest(f"s{i}", (code,), 5) for i, code in enumerate(tiny.codes[:8])]
-    requests = [r for pair in zip(relaxed(tiny, 8, replacement=False), strict, strict=True) for r in pair]
-    compiled, tensors = both(tiny, ATSPEED, ATSPEED, draft=tiny.draft())
+@pytest.mark.parametrize("plan", [ATSPEED, GUESS_AND_BELOW], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("draft", ["padrec", "adversarial", "model", "the target itself"])
+@pytest.mark.parametrize("replacement", [False, True])
+def test_relaxed_rows_keep_what_the_tensors_keep_beside_strict_ones(
+    tiny: Tiny, plan: Plan, draft: str, replacement: bool
+) -> None:
+    strict = [BeamRequest(f"s{i}", (code,), 5) for i, code in enumerate(tiny.codes[:16])]
+    requests = [r for pair in zip(relaxed(tiny, 16, replacement), strict, strict=True) for r in pair]
+    compiled, tensors = both(tiny, plan, plan, draft=drafts(tiny)[draft])
     results = decode_all(compiled, requests)
     assert any(result.lossy for result in results[0].values())
     assert_equal(requests, results, decode_all(tensors, requests))
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_a_compiled_search_drafts_what_the_tensors_draft(tiny: Tiny, replacement: bool) -> None:
+    requests = [*relaxed(tiny, 2, replacement), *some_requests(tiny, 2, seed=1)]
+    compiled, tensors = both(tiny, ATSPEED, ATSPEED, draft=tiny.draft())
+    assert compiled.native_search is not None
+    for running in (compiled, tensors):
+        running.admit(requests)
+    for index in tensors.rows.in_use:
+        one, other = compiled.rows.row(index), tensors.rows.row(index)
+        assert one.guessed is not None and other.guessed is not None
+        assert one.guessed.tolist() == other.guessed.tolist()
+        assert one.drafted.keys() == other.drafted.keys() == ({1, 2} if index < 2 else set())
+        for level, drafted in one.drafted.items():
+            assert drafted.nodes.tolist() == other.drafted[level].nodes.tolist() != []
+            torch.testing.assert_close(drafted.joint, other.drafted[level].joint, atol=1e-4, rtol=0)
 
 
 def test_hidden_states_are_the_same_to_the_last_bit(tiny: Tiny) -> None:
@@ -103,12 +126,37 @@ def test_hidden_states_are_the_same_to_the_last_bit(tiny: Tiny) -> None:
         {"prompt": (10_000,)},
         {"guessed": torch.tensor([-1])},
         {"guessed": torch.tensor([10_000])},
+        {"deepest": 1},
     ],
 )
 def test_numbers_outside_a_table_are_refused(tiny: Tiny, change: dict[str, object]) -> None:
     running = both(tiny, TREE_ATTENTION, TREE_ATTENTION, draft=None)[0]
-    fine = Asked(0, 3, 0, 0, False, 9, False, True, (1, 2, 3), None)
+    fine = Asked(0, 3, 0, 0, False, 9, False, (1, 2, 3), None, 0, 0, False, {})
     assert running.native is not None
     assert running.native([fine], running.rows.state())[0][0].beams == 3
     with pytest.raises(IndexError, match="outside"):
         running.native([fine._replace(**change)], running.rows.state())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"row": 4},
+        {"prompt": ()},
+        {"prompt": range(500)},
+        {"prompt": (10_000,)},
+        {"beams": (9_999,)},
+        {"beams": (2, 60)},
+    ],
+)
+def test_a_search_from_outside_a_table_is_refused(tiny: Tiny, change: dict[str, object]) -> None:
+    running = both(tiny, TREE_ATTENTION, TREE_ATTENTION, draft=tiny.draft())[0]
+    features = [torch.zeros(3, 32) for _ in range(3)]
+    fine = SearchAsked(0, (1, 2, 3), (2, 3), (-1.0, -2.0), 5, features)
+    search, state = running.native_search, running.rows.state()
+    assert search is not None
+    assert [len(rows[0].drawn) for rows in search([fine], state, 1, 2)] == [5, 5]
+    with pytest.raises(IndexError, match="outside"):
+        search([fine._replace(**change)], state, 1, 2)  # type: ignore[arg-type]
+    with pytest.raises(IndexError, match="outside"):
+        search([fine], state, 1, 9)

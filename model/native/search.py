@@ -1,0 +1,121 @@
+"""Binds search.cpp: a draft's search of beams of its own, as one call for many rows.
+
+Knows pointers and shapes; nothing of requests or plans. The tensors of `model.decoding.beam_draft` are the twin.
+
+Shapes: F layers of the target, d hidden size, W beams a level at most, X continuations.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from model.item_trie import ItemTrie
+from model.native.beams import BeamState, Drafted, NativeRows
+from model.native.kernel import NativeDraft, NativeLinear, NativeTarget, StepTerm, load
+from model.native.tables import NativeCache, NativeTrie
+
+Tensor = torch.Tensor
+_pointer, _number = ctypes.c_void_p, ctypes.c_int64
+
+
+class SearchAsked(NamedTuple):
+    """A row to search for: its `prompt`, the `beams` to start from, ascending, with their `scores`, how many to keep a
+    level (`width`), the target's layers over the prompt (`features`, each [its tokens, d]); of a relaxed row the luck
+    it draws by, `seed` and `replacement`."""
+
+    row: int
+    prompt: Sequence[int]
+    beams: Sequence[int]
+    scores: Sequence[float]
+    width: int
+    features: Sequence[Tensor] = ()
+    seed: int | None = None
+    replacement: bool = False
+
+
+class Searching(NamedTuple):
+    """What searches: a PAD-Rec draft's network, or a small language model; its cache, the `head` by which it says
+    codes, and of a PAD-Rec draft `terms`, what its steps add, and `fuse`, the packed map from the target's layers to
+    its features."""
+
+    network: NativeDraft | NativeTarget
+    cache: NativeCache
+    head: NativeLinear
+    terms: Sequence[StepTerm | None] = (None,)
+    fuse: Tensor | None = None
+
+
+class _Search(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("asks", "levels", "level", "most", "room", "num_features")),
+        *((name, _pointer) for name in ("ask", "prompts", "beams", "scores", "features", "step", "context", "gate")),
+        *((name, _pointer) for name in ("fuse", "draws", "drawn", "count", "nodes", "joint")),
+    ]
+
+
+class NativeSearch:
+    """Searches by one draft over one set of rows: the PAD-Rec draft, or a small language model."""
+
+    def __init__(self, trie: ItemTrie, rows: NativeRows, widest: Sequence[int], own: Searching) -> None:
+        """`widest`: children of a node at most, by depth."""
+        self._trie, self._rows, self._widest, self._own = NativeTrie(trie, own.head), rows, tuple(widest), own
+
+    def __call__(
+        self, asked: Sequence[SearchAsked], state: BeamState, level: int, levels: int
+    ) -> list[tuple[Drafted, ...]]:
+        """Search `levels` levels from `level` on. Returns for each of them what was drafted for each row asked."""
+        library = load()
+        assert library is not None
+        most = max(one.width for one in asked)
+        relaxed = any(one.seed is not None for one in asked)
+        wide = max(most, *(len(one.beams) for one in asked)) * max(self._widest[level : level + levels])
+        room = wide if relaxed else 0
+        ask, prompts, beams, features = array("q"), array("q"), array("q"), array("q")
+        scores = array("f")
+        for one in asked:
+            ask.extend((one.row, one.width, len(one.beams), len(one.prompt)))
+            ask.extend((0, 0, 0) if one.seed is None else (1, int(one.replacement), one.seed))
+            prompts.extend(one.prompt)
+            beams.extend(one.beams)
+            scores.extend(one.scores)
+            features.extend(layer.data_ptr() for layer in one.features)
+        terms = [self._own.terms[min(step, len(self._own.terms) - 1)] for step in range(levels)]
+        steps = (_pointer * levels)(*(None if term is None else term.embedding.data_ptr() for term in terms))
+        contexts = (_pointer * levels)(
+            *(None if term is None or term.context is None else term.context.data_ptr() for term in terms)
+        )
+        gates = (ctypes.c_float * levels)(*(0.0 if term is None else term.constant for term in terms))
+        draws, count = torch.empty(2, len(asked), levels, dtype=torch.int64)
+        drawn = torch.empty(len(asked), levels, most, dtype=torch.int64)
+        nodes = torch.empty(len(asked), levels, room, dtype=torch.int64)
+        joint = torch.empty(len(asked), levels, room)
+        one_search = _Search(
+            len(asked),
+            levels,
+            level,
+            most,
+            room,
+            len(asked[0].features),
+            *(part.buffer_info()[0] for part in (ask, prompts, beams, scores, features)),
+            *(ctypes.addressof(part) for part in (steps, contexts, gates)),
+            None if self._own.fuse is None else self._own.fuse.data_ptr(),
+            *(part.data_ptr() for part in (draws, drawn, count, nodes, joint)),
+        )
+        tree, rows = self._rows.pointers(state)
+        network: tuple[Any, Any] = (self._own.network.pointer, None)
+        if isinstance(self._own.network, NativeTarget):
+            network = (None, self._own.network.pointer)
+        given = (self._trie.pointer, tree, *network, rows, ctypes.byref(one_search), self._own.cache.pointer)
+        if library.padrec_search(*given, torch.get_num_threads()):
+            raise IndexError("a token, node or position lies outside the model, the trie or the cache")
+        number, found = draws.tolist(), count.tolist()
+        return [
+            tuple(
+                Drafted(nodes[i, j, : found[i][j]], joint[i, j, : found[i][j]], drawn[i, j, : number[i][j]])
+                for i in range(len(asked))
+            )
+            for j in range(levels)
+        ]
