@@ -30,7 +30,7 @@ from model.decoding.list_decoder import ListDecoder
 from model.decoding.profile import Profile
 from model.decoding.request import ListRequest
 from model.decoding.strategies import Strategies, beams_of
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.item_trie import ItemTrie
@@ -85,7 +85,7 @@ class Bundle:
         """A decoder over this bundle. Without `draft` the bundle's PAD-Rec draft is used; without a `budget` among
         `options` a chain of four is drafted until `warm_up` has measured better; with `catalog` it writes lists of
         another catalog version than the bundle's own."""
-        options.setdefault("budget", lambda rows: Budget(4))
+        options.setdefault("budget", FixedBudget(Budget(4)))
         return ListDecoder(
             self.target,
             draft or self.draft,
@@ -130,8 +130,7 @@ class Bundle:
         lists = self.list_decoder(num_rows=num_rows, max_k=max_k, catalog=catalog, prefill_tokens=prefill_tokens)
         beams = self.beam_decoder(num_rows=num_rows, max_k=max_k, catalog=catalog)
         if learned is not None:
-            taught = learned.lists
-            lists.budget, lists.drafts, lists.learn = taught.budget, taught.drafts, taught.learn
+            lists.budget = learned.lists.budget
             beams.plan = learned.beams.plan.over(beams.tree.deciding, beams.tree.whole)
         return Strategies(lists, beams)
 

@@ -37,6 +37,12 @@ class Write(NamedTuple):
         flat = values.flatten(0, 1)
         return flat if self.only is None else flat[self.only]
 
+    def among(self, places: Tensor) -> Tensor:
+        """Which of the N tokens those at `places` [B] of each row are."""
+        count = self.positions.shape[1]
+        flat = places + count * torch.arange(len(places), device=places.device)
+        return flat if self.only is None else torch.searchsorted(self.only, flat)
+
     def padded(self, values: Tensor) -> Tensor:
         """[B, n, ...] from the N tokens' values [N, ...]; padding is zero."""
         shape = (*self.positions.shape, *values.shape[1:])

@@ -139,14 +139,18 @@ class Target:
         at: Write,
         sight: Sight | TreeSight,
         features: Sequence[int] = (),
+        wanted: Tensor | None = None,
     ) -> TargetOutput:
         """One pass over `tokens` [B, n] at rotary `positions` [B, n], stored `at`, seeing what `sight` says.
         `features` names layers whose outputs are wanted, ascending (the last layer's is replaced by the normalised
-        hidden state)."""
+        hidden state); of one token a row, `wanted` [B], the hidden state [B, 1, d] (None: of all, [B, n, d])."""
         if self.native is not None:
-            places = kernel.Places.of(at, sight, positions)
-            out, outputs = self.native(at.compact(tokens), places, cache.data, self.rotations, features)
-            return TargetOutput(at.padded(out), tuple(at.padded(output) for output in outputs))
+            places, asked = kernel.Places.of(at, sight, positions), None
+            if wanted is not None and self.num_layers - 1 not in features:
+                asked = at.among(wanted)
+            out, outputs = self.native(at.compact(tokens), places, cache.data, self.rotations, features, asked)
+            padded = tuple(at.padded(output) for output in outputs)
+            return TargetOutput(_of(at.padded(out), wanted) if asked is None else out.unsqueeze(1), padded)
         mask = grouped(sight.mask(at, self.dtype), self.num_heads, self.num_kv_heads)
         x = self.embedding[at.compact(tokens)]
         rotation = self.rotations[at.compact(positions)].unsqueeze(1)
@@ -158,7 +162,7 @@ class Target:
         hidden = at.padded(self.norm(x) * self.norm_scale)
         if self.num_layers - 1 in features:
             kept[-1] = hidden
-        return TargetOutput(hidden, tuple(kept))
+        return TargetOutput(_of(hidden, wanted), tuple(kept))
 
     def item_logits(self, hidden: Tensor) -> Tensor:
         """[..., S] float32 logits of the item tokens only, level after level (see `head_columns`)."""
@@ -175,6 +179,13 @@ class Target:
         cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=self.device), positions)
         half = self.head_size // 2
         return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
+
+
+def _of(hidden: Tensor, wanted: Tensor | None) -> Tensor:
+    """`hidden` [B, n, d], or of one token a row, [B, 1, d]."""
+    if wanted is None:
+        return hidden
+    return hidden.gather(1, wanted.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
 
 
 def preload() -> None:

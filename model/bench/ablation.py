@@ -30,7 +30,7 @@ from model.decoding.offline import Decoded, decode_all
 from model.decoding.plain import PlainTwin
 from model.decoding.profile import PROFILE_RANKS, measured_profile
 from model.decoding.request import ListRequest, ListResult
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.draft import Draft
 from model.draft.item_at_once import ItemDraft
 from model.draft.network import DraftNetwork
@@ -64,7 +64,7 @@ class Compared:
             num_rows=num_rows,
             max_history_items=self.run.recipe.target.max_history_items,
             max_k=k,
-            budget=lambda rows: budget,
+            budget=FixedBudget(budget),
         )
 
     def requests(self, cases: Sequence[Case], k: int, temperature: float) -> list[ListRequest]:

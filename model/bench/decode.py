@@ -27,7 +27,7 @@ from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.plain import PlainTwin
 from model.decoding.request import ListRequest, ListResult
-from model.decoding.topology import Budget, best_trees
+from model.decoding.topology import Budget, FixedBudget, best_trees
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.semantic_id import Codes
@@ -80,7 +80,7 @@ def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str], **options
             num_rows=batch,
             max_history_items=bundle.info.max_history_items,
             max_k=k,
-            budget=lambda rows: Budget(0),
+            budget=FixedBudget(Budget(0)),
             forced=name != "plain",
             **options,
         )
@@ -215,10 +215,6 @@ def plot(records: Sequence[Record]) -> str:
     return figure(panels, columns=3)
 
 
-def _fixed(budget: Budget) -> Callable[[int], Budget]:
-    return lambda rows: budget
-
-
 def bench_exact(bundle: Bundle, requests: Sequence[ListRequest], say: Callable[[str], None]) -> list[Record]:
     """Every held-out user, alone and in mixed batches, with a trained, a random and an adversarial draft, in chains,
     dynamic trees and the best static trees of each slot."""
@@ -237,7 +233,9 @@ def bench_exact(bundle: Bundle, requests: Sequence[ListRequest], say: Callable[[
     ):
         for batch in (1, 8, 32):
             for tree, budget in trees.items():
-                decoder = bundle.list_decoder(num_rows=batch, max_k=requests[0].k, draft=draft, budget=_fixed(budget))
+                decoder = bundle.list_decoder(
+                    num_rows=batch, max_k=requests[0].k, draft=draft, budget=FixedBudget(budget)
+                )
                 decoded = decode_all(decoder, requests)
                 decoder.rows.check_integrity()
                 record = {

@@ -30,7 +30,7 @@ from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.profile import PROFILE_RANKS, measured_profile
 from model.decoding.request import ListRequest
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.draft import Draft
 from model.item_trie import ItemTrie
 from model.semantic_id import Vocabulary
@@ -326,7 +326,7 @@ def _train_draft(
         num_rows=min(32, len(held_out)),
         max_history_items=MAX_HISTORY_ITEMS,
         max_k=LIST_ITEMS,
-        budget=lambda rows: Budget(config.steps),
+        budget=FixedBudget(Budget(config.steps)),
     )
     decoded = decode_all(decoder, held_out)
     accepted = {

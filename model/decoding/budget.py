@@ -19,7 +19,7 @@ from statistics import median
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.profile import Profile
 from model.decoding.request import ListRequest, RoundStats
-from model.decoding.topology import Budget, Tree, best_trees, gains
+from model.decoding.topology import Budget, FixedBudget, Tree, best_trees, gains
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # nodes of the candidates
@@ -156,7 +156,6 @@ def measured_budget(
     it is idle again afterwards, and its budget is the one returned."""
     num_rows = len(decoder.rows.held)
     loads = [load for load in LOADS if load < num_rows] + [num_rows]
-    decoder.drafts = None
     possible = candidates(profile, decoder.max_steps, decoder.max_nodes) if decoder.draft else [Budget(0)]
     costs: dict[int, dict[Budget, float]] = {}
     for before, load in zip([0, *loads], loads, strict=False):
@@ -187,7 +186,7 @@ def measured_budget(
     # Of prompts read alone, as they come while others are served: together they cost a little less.
     prompt_seconds = _prompt_seconds(decoder, requests[0], repeats) if decoder.draft else 0.0
     budget = LoadBudget(costs, profile, prompt_seconds, decoder.trie.decisions_per_item)
-    decoder.budget, decoder.drafts, decoder.learn = budget, budget.drafts, budget.observe
+    decoder.budget = budget
     return budget
 
 
@@ -222,7 +221,7 @@ def _survival(rates: Sequence[float], corrections: Iterable[float] = ()) -> list
 
 def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> list[float]:
     """Of rounds of the whole batch: as many as there are before lists end, at least one."""
-    decoder.budget = lambda rows: budget
+    decoder.budget = FixedBudget(budget)
     seconds: list[float] = []
     for _ in range(repeats):
         if len(decoder.rows.in_use) < len(batch):  # a round of fewer rows would count as cheap

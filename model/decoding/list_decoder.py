@@ -33,7 +33,7 @@ from model.decoding.request import InvalidRequest, ListRequest, ListResult, Roun
 from model.decoding.rows import Gain, Row, Rows, account
 from model.decoding.sampling import MAX_TEMPERATURE, Sampling, noise, perturbed
 from model.decoding.static_rounds import MAX_EXCLUDED, StaticRounds, rounded_positions
-from model.decoding.topology import Budget, table_of
+from model.decoding.topology import Budget, Budgets, table_of
 from model.decoding.verify import Verdict, accept
 from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie, Run
@@ -70,7 +70,7 @@ class ListDecoder:
         num_rows: int,
         max_history_items: int,
         max_k: int,
-        budget: Callable[[int], Budget],
+        budget: Budgets,
         max_steps: int = 8,
         max_nodes: int = 32,
         forced: bool = True,
@@ -79,18 +79,15 @@ class ListDecoder:
         graphs: bool = True,
         prefill_tokens: int | None = None,
     ) -> None:
-        """`budget(rows in use)` decides how much a round drafts, within `max_steps` and `max_nodes`; `forced=False` is
+        """`budget` decides how much is drafted, within `max_steps` and `max_nodes` a round; `forced=False` is
         plain decoding, a token a pass. Between two rounds at most `prefill_tokens` of prompts are read (None: all; of a
         device's static shapes always all). `record(rows, nodes [B], log_probs [B, G, C], children)` sees every choice
-        made without a draft. `learn`, when set, is told of every round, and `drafts(rows in use, items)` asked whether
-        to draft for a request at all. With `static` shapes rounds and prompts are device programs (see
+        made without a draft. With `static` shapes rounds and prompts are device programs (see
         `static_rounds`): the rule on a CUDA device, except where choices are recorded, and as CUDA graphs unless
         `graphs` is off; on a CPU they are possible, and no faster."""
         self.target, self.draft, self.trie, self.max_k = target, draft, trie, max_k
         self.budget, self.max_steps, self.max_nodes = budget, max_steps, max_nodes
         self.forced, self.record = forced, record
-        self.learn: Callable[[RoundStats], None] | None = None
-        self.drafts: Callable[[int, int], bool] | None = None
         vocabulary = target.vocabulary
         self.places = vocabulary.tokens_per_item
         prompt = len(vocabulary.list_prompt(())) + max_history_items * self.places
@@ -168,8 +165,8 @@ class ListDecoder:
                 self._unread.append((index, row))
                 if not self.static:
                     self.rows.draftable[index] = 0  # nothing is drafted behind a prompt that is not read
-                    if row.drafts and self.drafts is not None:
-                        row.drafts = self.drafts(len(self.rows.in_use), row.wanted)
+                    if row.drafts and self.draft is not None:
+                        row.drafts = self.budget.drafts(len(self.rows.in_use), row.wanted)
         self._has_read = True
         return finished + self._read_prompts()
 
@@ -212,20 +209,12 @@ class ListDecoder:
         rows = torch.tensor(indices, device=device)
         positions = start + torch.arange(longest, device=device).expand(len(indices), -1)
         at = Write(rows[:, None], positions, indices[0], start if len(indices) == 1 else None)
-        draft_at, at = at, self._packed(at, positions < start + length[:, None])
-        drafting = self.draft is not None and any(row.drafts for row in held)
+        at = self._packed(at, positions < start + length[:, None])
+        drafting = [place for place, row in enumerate(held) if row.drafts] if self.draft and self.draft_cache else []
         layers = self.draft.feature_layers if self.draft and drafting else ()
         sight = Sight(torch.tensor([start], device=device) if start else None, None, start + longest)
-        output = self.target(tokens, positions, self.cache, at, sight, layers)
-        last = (length - 1)[:, None]
-        feature = None
-        if self.draft and self.draft_cache and drafting:
-            fused = self.draft.fuse_features(output.features)
-            # A token's partner is the feature before it; the first token of a prompt has none.
-            first = held[0].feature if start else None
-            before = torch.cat([torch.zeros_like(fused[:, :1]) if first is None else first, fused[:, :-1]], dim=1)
-            self.draft.read(tokens, before, positions, 0, self.draft_cache, draft_at)
-            feature = pick(fused, last)
+        output = self.target(tokens, positions, self.cache, at, sight, layers, length - 1)
+        feature = self._read_for_draft(drafting, rows, tokens, length, start, output.features, held[0].feature)
         for row, piece in zip(held, pieces, strict=True):
             row.unread, row.position, row.feature = row.unread[len(piece) :], start + len(piece), feature
         self.rows.base[rows] = start + length  # what an idle row's padding is written behind
@@ -236,17 +225,43 @@ class ListDecoder:
             row.feature = None
             self.rows.draftable[index] = row.wanted if row.drafts else 0
         length = length + start
-        root = torch.zeros_like(last)
+        root = torch.zeros_like(rows)[:, None]
         children, sampling = self.trie.children(root, self.rows.may(rows)), self.rows.sampling(rows)
         nothing = root.new_empty(*root.shape, 0)
         drawn_with = noise(sampling, self.trie, root, children, nothing) if sampling else None
-        choice, log_probs = self._choose(pick(output.hidden, last), children, sampling, drawn_with)
+        choice, log_probs = self._choose(output.hidden, children, sampling, drawn_with)
         if self.record:
             self.record(indices, root[:, 0], log_probs, children)
         run = self._step_into(root, choice.node)
         gain = Gain(run.tokens, run.length, run.leaf, feature, torch.zeros_like(length), run.node[:, 0])
         self.rows.advance(rows, length, gain)
         self._account_first(indices, choice.score, gain)
+
+    def _read_for_draft(
+        self,
+        drafting: list[int],
+        rows: Tensor,
+        tokens: Tensor,
+        length: Tensor,
+        start: int,
+        features: tuple[Tensor, ...],
+        first: Tensor | None,
+    ) -> Tensor | None:
+        """Let the draft read `tokens` [B, P] of `length` [B] behind `start`, of those among the `rows` that are
+        `drafting` alone. A token's partner is the feature before it, that of the first token `first` (None: a prompt
+        begins). Returns the features [B, 1, d] at the ends: those of other rows are nothing."""
+        if self.draft is None or self.draft_cache is None or not drafting:
+            return None
+        some = torch.tensor(drafting, device=rows.device)
+        fused = self.draft.fuse_features(tuple(feature[some] for feature in features))
+        before = torch.cat([torch.zeros_like(fused[:, :1]) if first is None else first, fused[:, :-1]], dim=1)
+        positions = start + torch.arange(tokens.shape[1], device=rows.device).expand(len(some), -1)
+        single = len(rows) == 1
+        at = Write(rows[some, None], positions, int(rows[0]) if single else 0, start if single else None)
+        self.draft.read(tokens[some], before, positions, 0, self.draft_cache, at)
+        ends = fused.new_zeros(len(rows), 1, fused.shape[-1])
+        ends[some] = pick(fused, (length[some] - 1)[:, None])
+        return ends
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 
@@ -272,8 +287,7 @@ class ListDecoder:
                 gain, counts = self._tensor_round(count, budget, table)
         pending = self._account(indices, gain, counts)
         stats = self._stats(indices, counts, pending)
-        if self.learn:
-            self.learn(stats)
+        self.budget.observe(stats)
         return finished + [self.rows.finish(i) for i in indices if self.rows.row(i).done], stats
 
     def _tensor_round(self, count: int, budget: Budget, table: TreeTable | None) -> tuple[RowGain, RoundCounts]:

@@ -14,7 +14,7 @@ from typing import Any
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.request import ListRequest
-from model.decoding.topology import Budget, Tree
+from model.decoding.topology import Budget, FixedBudget, Tree
 
 PROFILE_RANKS = 4  # guesses beside each other that are worth knowing about
 GUESS = (0.6, 0.65, 0.6, 0.6)  # of a draft nobody has measured: that its first guess is right, step by step
@@ -71,7 +71,7 @@ def measured_profile(decoder: ListDecoder, requests: Sequence[ListRequest], step
     begun = [0.0] * slots
     for rank in range(1, ranks + 1):
         trees = caterpillar(steps, rank, slots)
-        decoder.budget = lambda rows, trees=trees: trees  # type: ignore[misc]
+        decoder.budget = FixedBudget(trees)
         rounds = decode_all(decoder, requests).rounds
         rounds = [r for r in rounds if r.draft_tokens]
         begun = [float(sum(r.tried[slot][0] for r in rounds)) for slot in range(slots)]

@@ -10,11 +10,13 @@ Shapes: L slots, J draft steps, W nodes a step, R ranks.
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
+from model.decoding.request import RoundStats
 from model.native.round import TreeTable
 
 Tree = tuple[tuple[tuple[int, int], ...], ...]  # step -> nodes: (node of the step before, rank)
@@ -42,6 +44,37 @@ class Budget(NamedTuple):
     def nodes(self, slot: int) -> int:
         """Draft nodes of a row that begins at a slot."""
         return self.steps * self.width if self.trees is None else sum(map(len, self.trees[slot]))
+
+
+class Budgets(Protocol):
+    """Decides how much is drafted."""
+
+    def __call__(self, rows: int) -> Budget:
+        """What a round may draft while so many rows are in use."""
+
+    def drafts(self, rows: int, items: int) -> bool:
+        """Whether to draft at all for a request of so many items, one of `rows`."""
+
+    def observe(self, stats: RoundStats) -> None:
+        """What a round did."""
+
+
+@dataclass(frozen=True)
+class FixedBudget:
+    """The same budget always."""
+
+    budget: Budget
+
+    def __call__(self, rows: int) -> Budget:
+        del rows
+        return self.budget
+
+    def drafts(self, rows: int, items: int) -> bool:
+        del rows, items
+        return True
+
+    def observe(self, stats: RoundStats) -> None:
+        del stats
 
 
 MOST_RANKS = 8  # as in round.cpp

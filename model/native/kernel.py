@@ -193,15 +193,23 @@ class NativeTarget:
         )
 
     def __call__(
-        self, tokens: Tensor, places: Places, cache: Tensor, rotations: Tensor, features: Sequence[int]
+        self,
+        tokens: Tensor,
+        places: Places,
+        cache: Tensor,
+        rotations: Tensor,
+        features: Sequence[int],
+        asked: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """`tokens` [N]; `cache` [layers, 2, R, G, T, s]; `rotations` complex [positions, s/2]. Returns the hidden
-        states [N, d] after the last norm and the outputs [N, d] of the layers `features`."""
+        states [N, d] after the last norm, or [A, d] of the tokens `asked` [A] alone (ascending; not where the last
+        layer is among the features), and the outputs [N, d] of the layers `features`."""
         library = load()
         assert library is not None
         rows, positions = cache.shape[2], cache.shape[4]
         count, extra, threads = len(tokens), places.seen.shape[1], torch.get_num_threads()
         held = [tokens.long().contiguous(), *_ready(places)]
+        asking = count if asked is None else len(asked)
         outputs = torch.empty(1 + len(features), count, self.size)
         layers = (_number * len(features))(*features)
         into = (_pointer * len(features))(*(output.data_ptr() for output in outputs[1:]))
@@ -213,10 +221,10 @@ class NativeTarget:
             extra,
             extra if len(places.seen) > 1 else 0,
             len(features),
-            count,
+            asking,
             *(tensor.data_ptr() for tensor in held[:6]),
             ctypes.addressof(layers),
-            None,
+            None if asked is None else asked.data_ptr(),
             held[6].data_ptr(),
             rotations.data_ptr(),
             cache.data_ptr(),
@@ -225,7 +233,7 @@ class NativeTarget:
         )
         if library.padrec_pass(ctypes.byref(self._model), ctypes.byref(one), threads):
             raise IndexError("a token, row or position lies outside the model or its cache")
-        return outputs[0], list(outputs[1:])
+        return outputs[0, :asking], list(outputs[1:])
 
     @property
     def pointer(self) -> Any:

@@ -21,7 +21,7 @@ from model.data.histories import History
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.request import ListRequest
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.item_trie import Children, ItemTrie
 from model.semantic_id import Codes
 from model.target import Target
@@ -93,7 +93,7 @@ def write_lists(
         num_rows=config.batch_size,
         max_history_items=max_history_items,
         max_k=config.list_items,
-        budget=lambda rows: Budget(0),
+        budget=FixedBudget(Budget(0)),
         record=record,
     )
     results = decode_all(decoder, requests, tick).results

@@ -35,7 +35,7 @@ from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.profile import PROFILE_RANKS, Profile, measured_profile
 from model.decoding.request import ListRequest
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.item_trie import ItemTrie
@@ -365,7 +365,7 @@ class Run:
             num_rows=batch,
             max_history_items=self.recipe.target.max_history_items,
             max_k=self.recipe.evaluate.list_items,
-            budget=lambda rows: Budget(steps),
+            budget=FixedBudget(Budget(steps)),
         )
 
     def write_bundle(self, bundle: Path, report: dict[str, Any]) -> None:

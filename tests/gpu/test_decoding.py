@@ -22,7 +22,7 @@ from model.decoding.plain import PlainTwin
 from model.decoding.request import CategoryFilter, ListRequest, ListResult
 from model.decoding.sampling import gumbel
 from model.decoding.static_rounds import row_buckets
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.item_trie import ItemTrie
@@ -90,7 +90,7 @@ class Stack:
             self.draft if budget.steps else None,
             self.trie,
             self.catalog,
-            **{"num_rows": 4, "max_history_items": 6, "max_k": 10, "budget": lambda rows: budget, **options},
+            **{"num_rows": 4, "max_history_items": 6, "max_k": 10, "budget": FixedBudget(budget), **options},
         )
 
     def parted(self, requests: Sequence[ListRequest], results: dict[str, ListResult]) -> list[float]:
@@ -235,7 +235,7 @@ def test_after_the_freeze_nothing_is_captured_and_the_unknown_is_refused(stack: 
     requests = some_requests(stack, 30, seed=1)
     assert close(stack.parted(requests, decode_all(running, requests).results), torch.float32)
     assert (programs.num_captured, programs.refused) == (made, 0)
-    running.budget = lambda rows: Budget(7)
+    running.budget = FixedBudget(Budget(7))
     running.admit([replace(requests[0], request_id="unknown")])
     with pytest.raises(UnknownProgram):
         running.round()

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 
 from model.decoding.budget import PROBE_EVERY, PROBE_ROUNDS, LoadBudget, candidates, expected_decisions, measured_budget
@@ -7,7 +5,7 @@ from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.profile import Profile
 from model.decoding.request import ListRequest, RoundStats
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from tests.model.conftest import Tiny
 
 GOOD = Profile.guess(1, [0.9, 0.9, 0.9, 0.8])
@@ -100,7 +98,7 @@ def drafting(tiny: Tiny, num_rows: int) -> ListDecoder:
         num_rows=num_rows,
         max_history_items=6,
         max_k=10,
-        budget=lambda rows: Budget(3),
+        budget=FixedBudget(Budget(3)),
     )
 
 
@@ -120,7 +118,7 @@ def test_a_draft_that_is_never_right_is_not_asked(tiny: Tiny) -> None:
 def test_a_decoder_learns_from_its_own_rounds(tiny: Tiny) -> None:
     decoder, _ = measured(tiny, [0.99] * 4)
     budget = LoadBudget({2: {Budget(0): 100.0, Budget(2): 1.0}}, Profile.guess(tiny.trie.num_levels, [0.99] * 4))
-    decoder.budget, decoder.drafts, decoder.learn = budget, budget.drafts, budget.observe
+    decoder.budget = budget
     before = budget.decisions(Budget(2))
     decode_all(decoder, [ListRequest(str(i), (tiny.codes[i],), 10) for i in range(20)])
     assert budget.decisions(Budget(2)) < before
@@ -145,13 +143,19 @@ def test_requests_that_are_not_drafted_for_are_tried_now_and_then_for_some_round
     assert drafted == [True] * PROBE_ROUNDS + [False] * (PROBE_EVERY - 1 - PROBE_ROUNDS)
 
 
+class OddItems(FixedBudget):
+    """Drafts for lists of an odd number of items."""
+
+    def drafts(self, rows: int, items: int) -> bool:
+        return items % 2 == 1
+
+
 def test_who_is_not_drafted_for_gets_the_same_list_and_reads_no_prompt_for_the_draft(tiny: Tiny) -> None:
     decoder, _ = measured(tiny, [0.99] * 4)
-    decoder.budget = lambda rows: Budget(3)
     requests = [ListRequest(str(i), (tiny.codes[i],), 5 + i % 2) for i in range(12)]
-    decoder.drafts = lambda rows, items: True
+    decoder.budget = FixedBudget(Budget(3))
     right = decode_all(decoder, requests)
-    decoder.drafts = lambda rows, items: items == 5
+    decoder.budget = OddItems(Budget(3))
     assert decoder.draft_cache is not None
     got = decode_all(decoder, requests)
     for request in requests:
@@ -159,14 +163,14 @@ def test_who_is_not_drafted_for_gets_the_same_list_and_reads_no_prompt_for_the_d
         assert found.items == wanted.items
         assert (found.speculation.draft_tokens > 0) == (request.k == 5)
     decoder.draft_cache.data.zero_()
-    decoder.admit([replace(requests[1], speculation=False)])
-    assert not decoder.draft_cache.data.any()
+    decoder.admit([requests[1], requests[2]])
+    read = decoder.draft_cache.data[0, 0].flatten(1).any(1)
+    assert [bool(read[i]) for i in decoder.rows.in_use] == [request.k == 5 for request in (requests[1], requests[2])]
 
 
 def test_what_a_draft_adds_to_a_prompt_is_measured(tiny: Tiny) -> None:
-    decoder, budget = measured(tiny, [0.99] * 4)
+    _, budget = measured(tiny, [0.99] * 4)
     assert 0 <= budget.prompt_seconds < 1
-    assert decoder.drafts == budget.drafts
     assert budget.decisions_per_item == pytest.approx(tiny.trie.decisions_per_item)
 
 

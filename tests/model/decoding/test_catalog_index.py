@@ -19,7 +19,7 @@ from model.decoding.filters import compile_stock
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import CategoryFilter, ListRequest, RangeFilter
 from model.decoding.strategies import Strategies
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.item_trie import ItemTrie
 from model.semantic_id import Codes, Vocabulary
 from tests.model.conftest import SIZES, Tiny, random_catalog, tiny
@@ -45,7 +45,7 @@ def decoder(tiny: Tiny, index: CatalogIndex) -> ListDecoder:
         num_rows=3,
         max_history_items=6,
         max_k=20,
-        budget=lambda rows: Budget(3),
+        budget=FixedBudget(Budget(3)),
     )
 
 

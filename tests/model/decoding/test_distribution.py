@@ -21,7 +21,7 @@ from model.config import DraftConfig, ListsConfig
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.request import CategoryFilter, ListRequest
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.item_trie import ItemTrie
@@ -109,7 +109,7 @@ class World:
             num_rows=num_rows,
             max_history_items=6,
             max_k=3,
-            budget=lambda rows: budget,
+            budget=FixedBudget(budget),
             forced=forced,
         )
         return decode_all(decoder, requests)

@@ -14,7 +14,7 @@ from model.decoding.offline import decode_all
 from model.decoding.plain import PlainTwin
 from model.decoding.profile import Profile
 from model.decoding.request import CategoryFilter, InvalidRequest, ListRequest, ListResult, RangeFilter
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.target import Target
@@ -48,7 +48,7 @@ def decoder(tiny: Tiny, draft: Draft | None, mode: str = "chain", num_rows: int 
         num_rows=num_rows,
         max_history_items=6,
         max_k=20,
-        budget=lambda rows: budget,
+        budget=FixedBudget(budget),
         forced=forced,
     )
 

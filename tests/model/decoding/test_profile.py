@@ -3,7 +3,7 @@ import pytest
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.profile import Profile, caterpillar, measured_profile
 from model.decoding.request import ListRequest
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.draft import Draft
 from tests.model.conftest import Tiny
 
@@ -17,7 +17,7 @@ def decoder(tiny: Tiny, draft: Draft) -> ListDecoder:
         num_rows=4,
         max_history_items=6,
         max_k=10,
-        budget=lambda rows: Budget(3),
+        budget=FixedBudget(Budget(3)),
     )
 
 

@@ -22,7 +22,7 @@ from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.request import InvalidRequest, ListRequest
 from model.decoding.static_rounds import PromptShape, RoundShape, mean_run, row_buckets
-from model.decoding.topology import Budget, table_of
+from model.decoding.topology import Budget, FixedBudget, table_of
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork, DraftShape
 from model.item_trie import ItemTrie
@@ -75,6 +75,13 @@ def some_draft(tiny: Tiny, *, adversarial: bool = False) -> Draft:
     return Draft(network, tiny.target.embedding, tiny.target.vocabulary, native=False)
 
 
+class Alone(FixedBudget):
+    """Drafts for a row that is alone."""
+
+    def __call__(self, rows: int) -> Budget:
+        return self.budget if rows == 1 else Budget(0)
+
+
 def decoder(tiny: Tiny, mode: str, *, draft: Draft | None = None, num_rows: int = 4, **options: Any) -> ListDecoder:
     budget, forced = MODES[mode]
     return ListDecoder(
@@ -85,7 +92,7 @@ def decoder(tiny: Tiny, mode: str, *, draft: Draft | None = None, num_rows: int 
         num_rows=num_rows,
         max_history_items=6,
         max_k=20,
-        budget=options.pop("budget", lambda rows: budget),
+        budget=options.pop("budget", FixedBudget(budget)),
         forced=forced,
         static=True,
         **options,
@@ -133,7 +140,7 @@ def test_counts_are_those_of_the_eager_round(layers: Tiny) -> None:
         num_rows=1,
         max_history_items=6,
         max_k=20,
-        budget=lambda rows: Budget(4),
+        budget=FixedBudget(Budget(4)),
         static=False,
     )
     expected = decode_all(eager, requests)
@@ -187,7 +194,7 @@ def test_after_the_freeze_every_request_is_served_and_no_program_is_made(layers:
     assert any(isinstance(key, PromptShape) for key in made)
     requests = mixed(layers, 12, seed=7)
     # One row tried a chain; larger buckets were never tried, and are served without a draft.
-    running.budget = lambda rows: Budget(4 if rows == 1 else 0)
+    running.budget = Alone(Budget(4))
     assert_same(layers, requests, decode_all(running, requests).results)
     assert running.static.programs.keys == made
     assert running.static.programs.refused == 0

@@ -9,13 +9,13 @@ from model.decoding.beam_twin import BeamTwin
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import InvalidRequest, ListRequest
 from model.decoding.strategies import Asked, Strategies
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from tests.model.conftest import Tiny
 
 
 def both(tiny: Tiny, num_rows: int = 4) -> Strategies:
     limits = {"num_rows": num_rows, "max_history_items": 6, "max_k": 20}
-    lists = ListDecoder(tiny.target, tiny.draft(), tiny.trie, tiny.catalog, budget=lambda rows: Budget(3), **limits)
+    lists = ListDecoder(tiny.target, tiny.draft(), tiny.trie, tiny.catalog, budget=FixedBudget(Budget(3)), **limits)
     return Strategies(lists, BeamDecoder(tiny.target, tiny.trie, tiny.catalog, plan=DRAFT_FREE, **limits))
 
 

@@ -11,7 +11,7 @@ from model.decoding import draft_tree
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import decode_all
 from model.decoding.request import ListRequest
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
 from model.item_trie import Children, ItemTrie
@@ -69,7 +69,7 @@ def test_training_sees_what_serving_sees(tiny: Tiny, model: object, monkeypatch:
     monkeypatch.setattr(draft_tree, "_ranked", guess)
     monkeypatch.setattr(draft_tree, "legal_logits", seen)
     decoder = ListDecoder(
-        target, draft, tiny.trie, tiny.catalog, num_rows=1, max_history_items=6, max_k=4, budget=lambda rows: Budget(3)
+        target, draft, tiny.trie, tiny.catalog, num_rows=1, max_history_items=6, max_k=4, budget=FixedBudget(Budget(3))
     )
     decoder.admit([request])
     starts = []
@@ -118,7 +118,7 @@ def test_drafting_right_is_accepted_whole(tiny: Tiny) -> None:
         num_rows=1,
         max_history_items=6,
         max_k=4,
-        budget=lambda rows: Budget(3),
+        budget=FixedBudget(Budget(3)),
     )
     decoded = decode_all(decoder, [ListRequest("r", tuple(tiny.codes[:5]), 4)])
     assert 1.0 <= decoded.acceptance_length <= 4.0

@@ -10,7 +10,7 @@ from model.config import DraftConfig, ListsConfig
 from model.decoding import draft_tree
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import ListRequest
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from model.draft.item_at_once import ItemDraft
 from model.item_trie import Children, ItemTrie
 from model.target import Target
@@ -22,6 +22,15 @@ from tests.model.conftest import SIZES, Tiny
 
 Tensor = torch.Tensor
 CONFIG = DraftConfig(num_heads=2, intermediate_size=48, steps=4)
+
+
+class AnyLength(FixedBudget):
+    """Rounds of any length."""
+
+    rng = random.Random(0)
+
+    def __call__(self, rows: int) -> Budget:
+        return Budget(self.rng.randrange(1, 6))
 
 
 def test_training_sees_what_serving_sees(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +75,6 @@ def test_training_sees_what_serving_sees(tiny: Tiny, monkeypatch: pytest.MonkeyP
     first: list[int] = []
     monkeypatch.setattr(draft_tree, "_ranked", guess)
     monkeypatch.setattr(draft_tree, "legal_logits", seen)
-    rng = random.Random(0)  # rounds of any length: some begin with an item, some inside one
     decoder = ListDecoder(
         target,
         draft,
@@ -75,7 +83,7 @@ def test_training_sees_what_serving_sees(tiny: Tiny, monkeypatch: pytest.MonkeyP
         num_rows=1,
         max_history_items=6,
         max_k=40,
-        budget=lambda rows: Budget(rng.randrange(1, 6)),
+        budget=AnyLength(Budget(0)),  # some rounds begin with an item, some inside one
     )
     decoder.admit([request])
     starts = []

@@ -122,6 +122,22 @@ def test_a_linear_layer_gives_what_torch_gives(rows: int, out: int, biased: bool
     assert torch.allclose(kernel.NativeLinear(weight, bias)(x), PackedLinear(weight, bias)(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layers", [(), (0, 1), (0, 2)])
+def test_one_token_asked_of_each_row_is_what_it_is_where_all_are(name: str, layers: tuple[int, ...]) -> None:
+    """To the last bit; and what is left out for the others is missed by nobody behind them."""
+    tokens, length = torch.randint(0, VOCABULARY.size, (3, 9)), torch.tensor([9, 4, 7])
+    positions = torch.arange(9).expand(3, -1)
+    at = Write(torch.arange(3)[:, None], positions).without(positions >= length[:, None])
+    for target in pair(CONFIGS[name]):
+        given = (tokens, positions, target.new_cache(3, 16), at, Sight(None, None, 9), layers)
+        again = (*given[:2], target.new_cache(3, 16), *given[3:])
+        whole, one = target(*given), target(*again, length - 1)
+        assert torch.equal(one.hidden[:, 0], whole.hidden[torch.arange(3), length - 1])
+        assert torch.equal(given[2].data, again[2].data)
+        assert all(torch.equal(a, b) for a, b in zip(one.features, whole.features, strict=True))
+
+
 def test_shapes_it_cannot_run_are_left_to_torch() -> None:
     cpu = torch.device("cpu")
     assert kernel.fits(128, 32, torch.float32, cpu)

@@ -8,7 +8,7 @@ import torch
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.request import ListRequest, RoundStats
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from tests.model.conftest import Tiny
 from tests.model.decoding.test_list_decoder import MODES, mixed, some_requests
 
@@ -25,7 +25,7 @@ def decoder(tiny: Tiny, budget: Budget, forced: bool, *, native: bool) -> ListDe
         num_rows=5,
         max_history_items=6,
         max_k=20,
-        budget=lambda rows: budget,
+        budget=FixedBudget(budget),
         forced=forced,
     )
     if made.native is None:

@@ -14,7 +14,7 @@ from model.catalog import Catalog
 from model.decoding.catalog_index import CatalogIndex
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import ListRequest
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from service.api.publish import publish, roll_back, set_stock
 from service.catalog_codec import stock_key
 from service.embedded_valkey import ValkeyProcess
@@ -41,7 +41,7 @@ def decoder(tiny: Tiny, index: CatalogIndex) -> ListDecoder:
         num_rows=4,
         max_history_items=6,
         max_k=20,
-        budget=lambda rows: Budget(3),
+        budget=FixedBudget(Budget(3)),
     )
 
 

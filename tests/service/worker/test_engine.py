@@ -12,7 +12,7 @@ from model.decoding.catalog_index import CatalogIndex
 from model.decoding.filters import compile_stock
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from service.worker.engine import (
     DeadlineExceeded,
     Edition,
@@ -55,7 +55,7 @@ def decoder(tiny: Tiny, kind: Callable[..., ListDecoder] = ListDecoder, num_rows
         num_rows=num_rows,
         max_history_items=6,
         max_k=20,
-        budget=lambda rows: Budget(3),
+        budget=FixedBudget(Budget(3)),
     )
 
 

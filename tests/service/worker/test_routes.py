@@ -19,7 +19,7 @@ from model.decoding.beam_twin import BeamTwin
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import ListRequest, ListResult, RoundStats
 from model.decoding.strategies import Strategies
-from model.decoding.topology import Budget
+from model.decoding.topology import Budget, FixedBudget
 from service.metrics import WorkerMetrics, new_registry
 from service.probes import Drain
 from service.settings import load_settings
@@ -56,7 +56,7 @@ class Worker:
         self.tiny, self.drain, registry = tiny, Drain(), new_registry()
         metrics = WorkerMetrics(registry)
         draft, limits = tiny.draft(), {"num_rows": num_rows, "max_history_items": 6, "max_k": 20}
-        lists = kind(tiny.target, draft, tiny.trie, tiny.catalog, budget=lambda rows: Budget(3), **limits)
+        lists = kind(tiny.target, draft, tiny.trie, tiny.catalog, budget=FixedBudget(Budget(3)), **limits)
         beams = BeamDecoder(tiny.target, tiny.trie, tiny.catalog, plan=ATSPEED, draft=draft, draft_width=8, **limits)
         self.engine = Engine(
             Strategies(lists, beams),
