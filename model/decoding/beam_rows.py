@@ -84,12 +84,12 @@ class BeamRows(HeldRows[BeamRow]):
         trie = tree.trie
         super().__init__(num_rows, trie, filters, max_history_items)
         self.tree, self.room = tree, room
-        whole = torch.zeros(num_rows, dtype=torch.int64, device=trie.device)
-        self.prompt, self.used, self.filter_slot = whole.clone(), whole.clone(), whole.clone()
-        self.nodes = whole.new_full((num_rows, room), tree.nowhere)
+        self._counts = torch.zeros(3, num_rows, dtype=torch.int64, device=trie.device)
+        self.prompt, self.used, self.filter_slot = self._counts
+        self.nodes = self._counts.new_full((num_rows, room), tree.nowhere)
         self.hidden = torch.zeros(num_rows, room, size, device=trie.device)
         self.last = torch.zeros(num_rows, size, device=trie.device)
-        self.beam = whole.new_full((num_rows, k), tree.nowhere)
+        self.beam = self._counts.new_full((num_rows, k), tree.nowhere)
         self.score = torch.zeros(num_rows, k, device=trie.device)
 
     def state(self) -> BeamState:
@@ -108,7 +108,8 @@ class BeamRows(HeldRows[BeamRow]):
         self.held[index] = BeamRow(request, share.wanted, share.filter_slot, share.history_used, share.degraded, seed)
         self._reserve_exclusions(len(share.leaves))
         self._exclude(index, share.leaves)
-        self.filter_slot[index] = share.filter_slot
+        if share.filter_slot:
+            self.filter_slot[index] = share.filter_slot
         return index
 
     def known(self, rows: Tensor, indices: Sequence[int]) -> Known:
@@ -148,7 +149,7 @@ class BeamRows(HeldRows[BeamRow]):
     def free(self, index: int) -> None:
         self.filters.release(self.row(index).filter_slot)
         self.held[index] = None
-        self.prompt[index] = self.used[index] = self.filter_slot[index] = 0
+        self._counts[:, index] = 0
         self.nodes[index], self.beam[index] = self.tree.nowhere, self.tree.nowhere
         self.excluded[index] = self.tree.trie.num_items
 
@@ -157,4 +158,5 @@ class BeamRows(HeldRows[BeamRow]):
         self._check_filters()
         for index, row in enumerate(self.held):
             empty = int(self.used[index]) == 0 and bool((self.nodes[index] == self.tree.nowhere).all())
-            assert row is not None or empty, f"row {index} is free but holds nodes"
+            empty &= bool((self.excluded[index] == self.tree.trie.num_items).all())
+            assert row is not None or empty, f"row {index} is free but holds nodes or exclusions"

@@ -120,7 +120,7 @@ class HeldRows(ABC, Generic[R]):
         return Share(leaves, slot, min(request.k, available), used, tuple(degraded))
 
     def _exclude(self, index: int, leaves: Tensor) -> None:
-        self.excluded[index] = self.trie.num_items
+        """Of a row that has been free: it excludes nothing."""
         self.excluded[index, : len(leaves)] = leaves.to(self.excluded.device)
 
     def _reserve_exclusions(self, count: int) -> None:

@@ -220,9 +220,10 @@ class Rows(HeldRows[Row]):
     def check_integrity(self) -> None:
         """Nothing leaks: free rows decode nothing, filters are held by rows only."""
         self._check_filters()
-        remaining = self.remaining.tolist()
+        remaining, banned = self.remaining.tolist(), (self.excluded < self.trie.num_items).any(1).tolist()
         for index, row in enumerate(self.held):
             assert row is not None or remaining[index] == 0, f"row {index} is free but still decodes"
+            assert row is not None or self.static or not banned[index], f"row {index} is free but excludes leaves"
 
     def rest(self, rows: Tensor | slice) -> None:
         """Nothing more happens in those of `rows` that are complete, whatever rounds they are in."""
