@@ -12,13 +12,14 @@ Shapes: B rows of a pass, P prompt tokens at most, n new nodes a row, W beams, C
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 
 from model.catalog import Catalog
 from model.decoding.beam_choice import Beams, ascending, best, joint_scores
 from model.decoding.beam_draft import HeadDraft, LevelHeads, Lot, ModelDraft, Search
-from model.decoding.beam_plan import Ahead, Plan, Question, Seen
+from model.decoding.beam_plan import Ahead, Plan, Question, Seen, draft_beams
 from model.decoding.beam_relaxed import Luck, keep
 from model.decoding.beam_request import MAX_BEAMS, BeamRequest, BeamResult, BeamStats
 from model.decoding.beam_rows import BeamRow, BeamRows, Known
@@ -51,13 +52,13 @@ class BeamDecoder:
         max_k: int,
         plan: Plan,
         draft: Draft | Target | None = None,
-        draft_width: int = 40,
+        draft_width: int = 128,
         max_nodes: int = 256,
         tree: BeamTree | None = None,
     ) -> None:
         """`plan` decides what rides along; `draft` is a PAD-Rec draft or a small language model of the target's
-        vocabulary, which searches `draft_width` beams, or `k` if that is more. `max_nodes`: what may ride along during
-        a whole request. `tree`: what beams know of the trie, where it has been made already."""
+        vocabulary, which searches at most `draft_width` beams, or `k` if that is more. `max_nodes`: what may ride along
+        during a whole request. `tree`: what beams know of the trie, where it has been made already."""
         self.target, self.trie, self.plan = target, trie, plan
         self.max_k, self.max_nodes, self.draft_width = min(max_k, MAX_BEAMS), max_nodes, draft_width
         vocabulary, self.tree = target.vocabulary, tree or BeamTree(trie)
@@ -121,21 +122,15 @@ class BeamDecoder:
         before = [place for place, way in enumerate(ways) if way is Ahead.DRAFT]
         after = [place for place, row in enumerate(held) if self._drafts_after(row, len(indices))]
         if before:
-            root = torch.zeros(len(before), 1, dtype=torch.int64, device=self.target.device)
-            start = Beams(root, torch.zeros(root.shape, device=root.device))
-            self._search([indices[place] for place in before], [prompts[place] for place in before], start, 0, ())
+            self._search([indices[place] for place in before], [prompts[place] for place in before], 0, ())
         layers = self.draft.feature_layers if after and self.draft is not None else ()
         features = self._advance(indices, held, ways, prompts, layers)
         for place in before:
             self.plan.observe(Seen(held[place].wanted, held[place].draft_tokens, self._done(indices[place])))
         after = [place for place in after if held[place].level == 1]
         if after:
-            picked = torch.tensor([indices[place] for place in after], device=self.target.device)
-            width = max(held[place].beams for place in after)
-            found, scores = self.rows.beam[picked, :width], self.rows.score[picked, :width]
-            start = Beams(found, scores.masked_fill(found == self.tree.nowhere, float("-inf")))
             of = [features[place] for place in after]
-            self._search([indices[place] for place in after], [prompts[place] for place in after], start, 1, of)
+            self._search([indices[place] for place in after], [prompts[place] for place in after], 1, of)
 
     def _drafts_after(self, row: BeamRow, rows: int) -> bool:
         """Whether to draft for a row from the first codes its prompt's pass will choose. Asked before that pass, which
@@ -151,37 +146,43 @@ class BeamDecoder:
         self,
         indices: list[int],
         prompts: Sequence[Sequence[int]],
-        start: Beams,
         level: int,
         features: Sequence[Sequence[Tensor]],
     ) -> None:
-        """Let the draft search from `start`; what it proposes waits in the rows for their next pass."""
+        """Let the draft search from the beams the rows have at `level` (0: from the root); what it proposes waits in
+        the rows for their next pass."""
         assert self.draft is not None
         started, held = time.perf_counter(), [self.rows.row(i) for i in indices]
         lots = [
             Lot(row.seed, row.request.replacement) if row.request.verification == "relaxed" else None for row in held
         ]
-        # Fewer beams than the target keeps could never hold all of them.
-        widths = [max(self.draft_width, row.wanted) for row in held]
+        widths = [draft_beams(row.wanted, self.draft_width) for row in held]
         if self.native_search is None:
             tokens, length = self._padded(prompts)
-            may = self.rows.may(torch.tensor(indices, device=tokens.device))
-            search = Search(tokens, length, may, start, level, widths, lots)
-            levels = self.draft.search(search, self._draft_to - level, features)
+            rows = torch.tensor(indices, device=tokens.device)
+            search = Search(tokens, length, self.rows.may(rows), self._start(rows, level), level, widths, lots)
+            found = self.draft.search(search, self._draft_to - level, features)
         else:
             asked = []
             for place, (index, lot) in enumerate(zip(indices, lots, strict=True)):
-                count = held[place].beams if level else 1
-                beams = (start.nodes[place, :count].tolist(), start.scores[place, :count].tolist(), widths[place])
                 of = features[place] if features else ()
-                asked.append(SearchAsked(index, prompts[place], *beams, of, *(lot or ())))
-            levels = self.native_search(asked, self.rows.state(), level, self._draft_to - level)
-        for row, lot, drafted in zip(held, lots, zip(*levels, strict=True), strict=True):
-            row.guessed = torch.cat([part.drawn for part in drafted])
-            row.deepest = len(drafted[-1].drawn) if self.plan.below else 0
-            if lot is not None:
-                row.drafted = dict(enumerate(drafted, start=level))
+                asked.append(
+                    SearchAsked(index, prompts[place], held[place].beams, widths[place], of, *(lot or (None, False)))
+                )
+            found = self.native_search(asked, self.rows.state(), level, self._draft_to - level)
+        for row, guess in zip(held, found, strict=True):
+            row.guessed, row.drafted = guess.nodes, dict(enumerate(guess.levels, start=level))
+            row.deepest = guess.last if self.plan.below else 0
         self._draft_seconds += time.perf_counter() - started
+
+    def _start(self, rows: Tensor, level: int) -> Beams:
+        """The beams that `rows` have at `level`."""
+        if not level:
+            root = torch.zeros_like(rows)[:, None]
+            return Beams(root, torch.zeros(root.shape, device=rows.device))
+        width = max(self.rows.row(i).beams for i in rows.tolist())
+        nodes, scores = self.rows.beam[rows, :width], self.rows.score[rows, :width]
+        return Beams(nodes, scores.masked_fill(nodes == self.tree.nowhere, float("-inf")))
 
     # ---- passes -----------------------------------------------------------------------------------------------
 
@@ -270,8 +271,8 @@ class BeamDecoder:
             row.level, row.beams, row.settled = one.level, one.beams, bool(one.settled)
             row.alone, row.whole = one.alone, one.below
             row.lossy |= bool(one.lossy)
-        by_layer = [output.split([len(prompt) for prompt in prompts]) for output in outputs]
-        return [list(of) for of in zip(*by_layer, strict=True)]
+        ends = list(accumulate(map(len, prompts), initial=0))
+        return [[output[begin:end] for output in outputs] for begin, end in pairwise(ends)]
 
     def _native(self) -> NativeBeams | None:
         """The compiled pass, where it can run the target."""

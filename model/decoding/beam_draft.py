@@ -20,7 +20,7 @@ from model.draft.draft import Draft
 from model.item_trie import Availability, Children
 from model.kv_cache import KVCache, Sight, TreeSight, Write
 from model.linear import PackedLinear
-from model.native.beams import Drafted
+from model.native.beams import Drafted, Guess
 from model.native.kernel import NativeLinear
 from model.native.search import Searching
 from model.native.tables import NativeCache
@@ -88,9 +88,9 @@ class HeadDraft:
             return None
         return Searching(draft.native, NativeCache(self.cache, draft.rotations), head, draft.terms, draft.packed_fuse)
 
-    def search(self, search: Search, levels: int, features: Sequence[Sequence[Tensor]]) -> list[tuple[Drafted, ...]]:
-        """Draft `levels` levels below the beams, which are first codes: for each level what it drew for each row.
-        `features`: of each row, the target's layers [its tokens, d] over the prompt."""
+    def search(self, search: Search, levels: int, features: Sequence[Sequence[Tensor]]) -> list[Guess]:
+        """Draft `levels` levels below the beams, which are first codes: a guess for each row. `features`: of each row,
+        the target's layers [its tokens, d] over the prompt."""
         rows, device = len(search.tokens), search.tokens.device
         layers = (torch.nn.utils.rnn.pad_sequence(list(of), batch_first=True) for of in zip(*features, strict=True))
         fused = self.draft.fuse_features(tuple(layers))
@@ -122,7 +122,7 @@ class HeadDraft:
             level = search.level + step
             drafted, beams, parent = _next_level(self.tree, self.heads, feature, search, beams, level)
             found.append(drafted)
-        return found
+        return _guesses(found, search.lots)
 
 
 class ModelDraft:
@@ -147,10 +147,8 @@ class ModelDraft:
             return None
         return Searching(model.native, NativeCache(self.cache, model.rotations), head)
 
-    def search(
-        self, search: Search, levels: int, features: Sequence[Sequence[Tensor]] = ()
-    ) -> list[tuple[Drafted, ...]]:
-        """Draft `levels` levels below the root: for each level what it drew for each row."""
+    def search(self, search: Search, levels: int, features: Sequence[Sequence[Tensor]] = ()) -> list[Guess]:
+        """Draft `levels` levels below the root: a guess for each row."""
         rows, device = len(search.tokens), search.tokens.device
         row = torch.arange(rows, device=device)[:, None]
         longest = search.tokens.shape[1]
@@ -175,7 +173,15 @@ class ModelDraft:
             sight = TreeSight(search.length[:, None].expand(-1, width), paths, longest + used)
             tokens = self.tree.token.take(beams.nodes)
             hidden = self.model(tokens, rotary, self.cache, Write(row, stored), sight).hidden
-        return found
+        return _guesses(found, search.lots)
+
+
+def _guesses(levels: Sequence[tuple[Drafted, ...]], lots: Sequence[Lot | None]) -> list[Guess]:
+    """What was found for each row, from what was at each level."""
+    return [
+        Guess(torch.cat([part.drawn for part in of]), len(of[-1].drawn), of if lot else ())
+        for of, lot in zip(zip(*levels, strict=True), lots, strict=True)
+    ]
 
 
 def _next_level(

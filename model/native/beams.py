@@ -58,6 +58,15 @@ class Drafted(NamedTuple):
     drawn: Tensor
 
 
+class Guess(NamedTuple):
+    """What a draft's search found for a row: the `nodes` [n] drawn, level after level, how many of them at the `last`,
+    and of a relaxed row all that was drafted at each of its `levels`."""
+
+    nodes: Tensor
+    last: int
+    levels: tuple[Drafted, ...]
+
+
 class Asked(NamedTuple):
     """What is asked of a row: its beams at `level` (`settled`: no pass was needed for them), how many are `wanted`, and
     what to read: at most `limit` nodes, the `whole` sub-trees, the `prompt` before, what was `guessed`, with the

@@ -5,37 +5,36 @@
  */
 #include "relaxed.h"
 
-/* A row to search for: from so many `beams`, with a `prompt` of so many tokens; `width` beams are kept a level, the best or,
+/* A row to search for: from the so many `beams` it has, with a `prompt` of so many tokens; `width` beams are kept a level, the best or,
  * of a `relaxed` row, those drawn by luck from the `seed`, with `replacement` or without. */
 struct SearchAsk {
     int64_t row, width, beams, prompt, relaxed, replacement, seed;
 };
 
-/* All rows asked, `levels` levels from `level` on (0: beams are roots). Prompts, beams and their scores lie one after the
- * other, in the order of `ask`; `features` [asks, num_features] points at the target's layers over each prompt. `step`,
+/* All rows asked, `levels` levels from `level` on (0: from the root, which is one beam). Prompts lie one after the other, in
+ * the order of `ask`; `features` [asks, num_features] points at the target's layers over each prompt. `step`,
  * `context`, `gate`: what the draft's step of a level adds (see Reading); `fuse` is its map from the target's features, packed.
  *
- * What comes of it, for each row and level [asks, levels]: `draws` nodes `drawn` [asks, levels, most], and of relaxed rows
- * all `count` continuations, `nodes` and `joint` scores [asks, levels, room]. */
+ * What comes of it, for each row and level [asks, levels]: how many nodes it `draws` (`drawn` [asks, levels * most], level
+ * after level), and of relaxed rows all `count` continuations, `nodes` and `joint` scores [asks, levels, room]. */
 struct SearchPass {
     int64_t asks, levels, level, most, room, num_features;
     const SearchAsk *ask;
-    const int64_t *prompts, *beams;
-    const float *scores, *const *features, *const *step, *const *context, *gate, *fuse;
+    const int64_t *prompts;
+    const float *const *features, *const *step, *const *context, *gate, *fuse;
     int64_t *draws, *drawn, *count, *nodes;
     float *joint;
 };
 
 namespace {
 
-/* A row while it is searched for: `beams` ascending, the place of each one's parent among the beams before, the beams' `path`
- * behind the prompt, and where in a pass those begin of which something is `asked`. */
+/* A row while it is searched for: `beams` ascending, their `path` behind the prompt and what chose each, `hidden` [beams,
+ * size]; how many places behind the prompt are `used`, where the beams begin among those `asked` in a pass, nodes `drawn`. */
 struct Front {
     std::vector<Scored> beams;
-    std::vector<int64_t> parent;
     std::vector<std::vector<int32_t>> path;
-    int64_t used = 0, asked = 0;
-    std::vector<float> hidden; /* [beams, size]: what chose each */
+    int64_t used = 0, asked = 0, drawn = 0;
+    std::vector<float> hidden;
 };
 
 struct Searcher {
@@ -64,26 +63,27 @@ struct Searcher {
     }
 
     /* Of a level's continuations those drawn and those to go on from. */
-    void choose(int64_t i, int64_t l, std::vector<Scored> *found) const {
+    void choose(int64_t i, int64_t l, std::vector<Scored> *found, Front *front) const {
         const SearchAsk &a = p->ask[i];
+        int64_t *const drawn = p->drawn + i * p->levels * p->most;
         const int64_t at = i * p->levels + l;
         p->count[at] = a.relaxed ? found->size() : 0;
         if (!a.relaxed || found->empty() || p->count[at] > p->room) {
             keep_best(found, a.width);
             p->draws[at] = found->size();
-            for (size_t k = 0; k < found->size(); k++) p->drawn[at * p->most + k] = (*found)[k].node;
+            for (const Scored &one : *found) drawn[front->drawn++] = one.node;
             return;
         }
         for (size_t k = 0; k < found->size(); k++)
             p->nodes[at * p->room + k] = (*found)[k].node, p->joint[at * p->room + k] = (*found)[k].score;
-        std::vector<int64_t> drawn;
+        std::vector<int64_t> places;
         std::vector<Scored> stay;
-        draw(*found, a.width, a.replacement, {a.seed, p->level + l}, &drawn);
-        p->draws[at] = drawn.size();
-        for (size_t k = 0; k < drawn.size(); k++) p->drawn[at * p->most + k] = (*found)[drawn[k]].node;
-        std::sort(drawn.begin(), drawn.end());
-        drawn.erase(std::unique(drawn.begin(), drawn.end()), drawn.end());
-        for (const int64_t place : drawn) stay.push_back((*found)[place]);
+        draw(*found, a.width, a.replacement, {a.seed, p->level + l}, &places);
+        p->draws[at] = places.size();
+        for (const int64_t place : places) drawn[front->drawn++] = (*found)[place].node;
+        std::sort(places.begin(), places.end());
+        places.erase(std::unique(places.begin(), places.end()), places.end());
+        for (const int64_t place : places) stay.push_back((*found)[place]);
         found->swap(stay);
     }
 
@@ -96,7 +96,7 @@ struct Searcher {
         found.clear();
         for (size_t w = 0; w < beams.size(); w++)
             expand(t, can, beams[w].node, beams[w].score, out + (front->asked + w) * size, &legal, &found);
-        choose(i, l, &found);
+        choose(i, l, &found, front);
         std::vector<std::vector<int32_t>> path;
         front->hidden.resize(found.size() * size);
         for (size_t k = 0; k < found.size(); k++) {
@@ -115,10 +115,13 @@ struct Searcher {
         std::vector<int64_t> begins(p->asks + 1), token, row, at, position, committed, seeing, asked;
         std::vector<int32_t> seen;
         std::vector<float> fused, feature, out;
-        for (int64_t i = 0, b = 0; i < p->asks; b += p->ask[i++].beams) {
+        for (int64_t i = 0; i < p->asks; i++) {
+            const int64_t beams = p->level ? p->ask[i].beams : 1, from = p->ask[i].row * rows->width;
             begins[i + 1] = begins[i] + p->ask[i].prompt;
-            fronts[i].path.resize(p->ask[i].beams);
-            for (int64_t w = 0; w < p->ask[i].beams; w++) fronts[i].beams.push_back({p->scores[b + w], p->beams[b + w]});
+            fronts[i].path.resize(beams);
+            if (!p->level) fronts[i].beams.push_back({0, 0});
+            for (int64_t w = 0; p->level && w < beams; w++)
+                fronts[i].beams.push_back({rows->score[from + w], rows->beam[from + w]});
         }
         if (draft) fuse(begins, &fused);
         for (int64_t i = 0; i < p->asks && draft; i++)
@@ -183,12 +186,14 @@ struct Searcher {
     }
 
     bool impossible() const {
-        for (int64_t i = 0, b = 0; i < p->asks; i++) {
+        for (int64_t i = 0; i < p->asks; i++) {
             const SearchAsk &a = p->ask[i];
             if (a.row < 0 || a.row >= rows->rows || rows->filter_slot[a.row] < 0 || a.width < 1 || a.width > p->most) return true;
-            if (a.prompt < 1 || a.prompt > cache->positions || a.beams < 0) return true;
-            for (int64_t end = b + a.beams; b < end; b++)
-                if (p->beams[b] < 0 || p->beams[b] > tree->nowhere || t->depth[p->beams[b]] != p->level) return true;
+            if (a.prompt < 1 || a.prompt > cache->positions || a.beams < 0 || a.beams > rows->width) return true;
+            for (int64_t w = 0; p->level && w < a.beams; w++) {
+                const int64_t node = rows->beam[a.row * rows->width + w];
+                if (node < 0 || node > tree->nowhere || t->depth[node] != p->level) return true;
+            }
         }
         return p->level < 0 || p->levels < 1 || p->level + p->levels > t->levels;
     }

@@ -8,12 +8,13 @@ Shapes: F layers of the target, d hidden size, W beams a level at most, X contin
 import ctypes
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
 from model.item_trie import ItemTrie
-from model.native.beams import BeamState, Drafted, NativeRows
+from model.native.beams import BeamState, Drafted, Guess, NativeRows
 from model.native.kernel import NativeDraft, NativeLinear, NativeTarget, StepTerm, load
 from model.native.tables import NativeCache, NativeTrie
 
@@ -22,14 +23,13 @@ _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 
 
 class SearchAsked(NamedTuple):
-    """A row to search for: its `prompt`, the `beams` to start from, ascending, with their `scores`, how many to keep a
+    """A row to search for: its `prompt`, how many `beams` it has (at level 0: the root is one), how many to keep a
     level (`width`), the target's layers over the prompt (`features`, each [its tokens, d]); of a relaxed row the luck
     it draws by, `seed` and `replacement`."""
 
     row: int
     prompt: Sequence[int]
-    beams: Sequence[int]
-    scores: Sequence[float]
+    beams: int
     width: int
     features: Sequence[Tensor] = ()
     seed: int | None = None
@@ -51,8 +51,8 @@ class Searching(NamedTuple):
 class _Search(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("asks", "levels", "level", "most", "room", "num_features")),
-        *((name, _pointer) for name in ("ask", "prompts", "beams", "scores", "features", "step", "context", "gate")),
-        *((name, _pointer) for name in ("fuse", "draws", "drawn", "count", "nodes", "joint")),
+        *((name, _pointer) for name in ("ask", "prompts", "features", "step", "context", "gate", "fuse")),
+        *((name, _pointer) for name in ("draws", "drawn", "count", "nodes", "joint")),
     ]
 
 
@@ -63,24 +63,19 @@ class NativeSearch:
         """`widest`: children of a node at most, by depth."""
         self._trie, self._rows, self._widest, self._own = NativeTrie(trie, own.head), rows, tuple(widest), own
 
-    def __call__(
-        self, asked: Sequence[SearchAsked], state: BeamState, level: int, levels: int
-    ) -> list[tuple[Drafted, ...]]:
-        """Search `levels` levels from `level` on. Returns for each of them what was drafted for each row asked."""
+    def __call__(self, asked: Sequence[SearchAsked], state: BeamState, level: int, levels: int) -> list[Guess]:
+        """Search `levels` levels from `level` on."""
         library = load()
         assert library is not None
         most = max(one.width for one in asked)
         relaxed = any(one.seed is not None for one in asked)
-        wide = max(most, *(len(one.beams) for one in asked)) * max(self._widest[level : level + levels])
-        room = wide if relaxed else 0
-        ask, prompts, beams, features = array("q"), array("q"), array("q"), array("q")
-        scores = array("f")
+        widest = max(most, max(one.beams for one in asked)) * max(self._widest[level : level + levels])
+        room = widest if relaxed else 0
+        ask, prompts, features = array("q"), array("q"), array("q")
         for one in asked:
-            ask.extend((one.row, one.width, len(one.beams), len(one.prompt)))
+            ask.extend((one.row, one.width, one.beams, len(one.prompt)))
             ask.extend((0, 0, 0) if one.seed is None else (1, int(one.replacement), one.seed))
             prompts.extend(one.prompt)
-            beams.extend(one.beams)
-            scores.extend(one.scores)
             features.extend(layer.data_ptr() for layer in one.features)
         terms = [self._own.terms[min(step, len(self._own.terms) - 1)] for step in range(levels)]
         steps = (_pointer * levels)(*(None if term is None else term.embedding.data_ptr() for term in terms))
@@ -89,7 +84,7 @@ class NativeSearch:
         )
         gates = (ctypes.c_float * levels)(*(0.0 if term is None else term.constant for term in terms))
         draws, count = torch.empty(2, len(asked), levels, dtype=torch.int64)
-        drawn = torch.empty(len(asked), levels, most, dtype=torch.int64)
+        drawn = torch.empty(len(asked), levels * most, dtype=torch.int64)
         nodes = torch.empty(len(asked), levels, room, dtype=torch.int64)
         joint = torch.empty(len(asked), levels, room)
         one_search = _Search(
@@ -99,7 +94,7 @@ class NativeSearch:
             most,
             room,
             len(asked[0].features),
-            *(part.buffer_info()[0] for part in (ask, prompts, beams, scores, features)),
+            *(part.buffer_info()[0] for part in (ask, prompts, features)),
             *(ctypes.addressof(part) for part in (steps, contexts, gates)),
             None if self._own.fuse is None else self._own.fuse.data_ptr(),
             *(part.data_ptr() for part in (draws, drawn, count, nodes, joint)),
@@ -111,11 +106,13 @@ class NativeSearch:
         given = (self._trie.pointer, tree, *network, rows, ctypes.byref(one_search), self._own.cache.pointer)
         if library.padrec_search(*given, torch.get_num_threads()):
             raise IndexError("a token, node or position lies outside the model, the trie or the cache")
-        number, found = draws.tolist(), count.tolist()
-        return [
-            tuple(
-                Drafted(nodes[i, j, : found[i][j]], joint[i, j, : found[i][j]], drawn[i, j, : number[i][j]])
-                for i in range(len(asked))
-            )
-            for j in range(levels)
-        ]
+        guesses = []
+        for i, (one, number, found) in enumerate(zip(asked, draws.tolist(), count.tolist(), strict=True)):
+            ends = list(accumulate(number, initial=0))
+            drafted = []
+            for j in range(levels if one.seed is not None else 0):
+                drafted.append(
+                    Drafted(nodes[i, j, : found[j]], joint[i, j, : found[j]], drawn[i, ends[j] : ends[j + 1]])
+                )
+            guesses.append(Guess(drawn[i, : ends[-1]], number[-1], tuple(drafted)))
+        return guesses

@@ -13,6 +13,7 @@ from model.decoding.beam_plan import (
     MeasuredPlan,
     Question,
     Seen,
+    draft_beams,
 )
 
 QUESTION = Question(rows=1, level=1, k=10, alone=10, whole=40, draft=False)
@@ -115,3 +116,7 @@ def test_for_another_catalog_a_plan_keeps_what_it_learned_and_takes_the_catalogs
     assert other._seen == first._seen and other.costs == first.costs
     assert other.left(QUESTION.rows, QUESTION.k, 2) > first.left(QUESTION.rows, QUESTION.k, 2)
     assert ATSPEED.over([1.0], [1.0]) is ATSPEED
+
+
+def test_a_draft_searches_with_some_beams_to_spare_and_never_with_fewer_than_the_target_keeps() -> None:
+    assert [draft_beams(k, 128) for k in (1, 10, 20, 100, 200)] == [5, 19, 34, 128, 200]
