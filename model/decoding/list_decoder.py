@@ -39,7 +39,7 @@ from model.draft.draft import Draft
 from model.item_trie import Children, ItemTrie, Run
 from model.kv_cache import Sight, Write
 from model.native.kernel import NativeLinear
-from model.native.round import NativeRound, RoundCounts, RowGain, TreeTable
+from model.native.round import NativeRound, Prompt, RoundCounts, RowGain, TreeTable
 from model.target import Target
 
 Tensor = torch.Tensor
@@ -200,7 +200,11 @@ class ListDecoder:
             told = self.static.prefill(indices)
             for row in held:
                 row.unread = []
-            self._account_first(indices, told.scores, told.gain)
+            gain = told.gain
+            self._account_first(indices, told.scores.tolist(), gain.leaf.tolist(), gain.length.tolist())
+            return
+        if self.native is not None and self.record is None:
+            self._read_natively(self.native, indices, size)
             return
         pieces, start = [row.unread[:size] for row in held], held[0].position
         longest = max(map(len, pieces))
@@ -235,7 +239,26 @@ class ListDecoder:
         run = self._step_into(root, choice.node)
         gain = Gain(run.tokens, run.length, run.leaf, feature, torch.zeros_like(length), run.node[:, 0])
         self.rows.advance(rows, length, gain)
-        self._account_first(indices, choice.score, gain)
+        self._account_first(indices, choice.score.tolist(), gain.leaf.tolist(), gain.length.tolist())
+
+    def _read_natively(self, native: NativeRound, indices: list[int], size: int) -> None:
+        """`_prefill` as one call."""
+        prompts = []
+        for index in indices:
+            row = self.rows.row(index)
+            piece, ends = row.unread[:size], len(row.unread) <= size
+            if row.drafts and row.feature is None and native.drafts:
+                row.feature = torch.empty(1, 1, self.target.hidden_size)
+            draftable = row.wanted if row.drafts and self.draft is not None else 0
+            prompts.append(Prompt(index, row.position, piece, ends, draftable, row.feature))
+            row.unread, row.position = row.unread[len(piece) :], row.position + len(piece)
+        table = table_of(Budget(1), self.trie.num_levels, self.trie.device)
+        assert table is not None, "a chain has one"
+        firsts = native.read(prompts, self.rows.state(), table, self.forced)
+        for index, first in zip(indices, firsts, strict=True):
+            if not self.rows.row(index).unread:
+                self.rows.row(index).feature = None
+                self._account_first([index], [[first.score]], [[first.leaf]], [[first.length]])
 
     def _read_for_draft(
         self,
@@ -470,11 +493,16 @@ class ListDecoder:
 
     # ---- host -------------------------------------------------------------------------------------------------
 
-    def _account_first(self, indices: Sequence[int], scores: Tensor, gain: Gain) -> None:
+    def _account_first(
+        self,
+        indices: Sequence[int],
+        scores: Sequence[Sequence[float]],
+        leaves: Sequence[Sequence[int]],
+        lengths: Sequence[Sequence[int]],
+    ) -> None:
         """Book the first choice of each row."""
-        told = zip(indices, scores.tolist(), gain.leaf.tolist(), gain.length.tolist(), strict=True)
-        for index, score, leaf, lengths in told:
-            account(self.rows.row(index), score, leaf, lengths, self.trie.num_items)
+        for index, score, leaf, length in zip(indices, scores, leaves, lengths, strict=True):
+            account(self.rows.row(index), score, leaf, length, self.trie.num_items)
 
     def _account(self, indices: Sequence[int], gain: RowGain, counts: RoundCounts) -> int:
         """Book what each row gained; forced tokens in all."""

@@ -104,11 +104,11 @@ class Rows(HeldRows[Row]):
         super().__init__(num_rows, trie, filters, max_history_items, spare=int(self.static), width=max_excluded or 64)
         self.placed: list[Placement] = []
         num_rows += self.static
-        whole = torch.zeros(num_rows, dtype=torch.int64, device=trie.device)
-        self.base, self.node, self.remaining = whole.clone(), whole.clone(), whole.clone()
-        self.draftable, self.filter_slot = whole.clone(), whole.clone()
-        self.written, self.seed = whole.clone(), whole.clone()
-        self.temperature, self.top_p = whole.double(), whole.double()
+        # Side by side: a request comes and goes in few calls.
+        self._whole = whole = torch.zeros(7, num_rows, dtype=torch.int64, device=trie.device)
+        self.base, self.node, self.remaining, self.draftable, self.written, self.filter_slot, self.seed = whole
+        self._real = torch.zeros(2, num_rows, dtype=torch.float64, device=trie.device)
+        self.temperature, self.top_p = self._real
         places = trie.num_levels + 1
         self.pending_tokens = whole.new_zeros(num_rows, 1, places)
         self.pending_length = whole.new_zeros(num_rows, 1)
@@ -183,15 +183,17 @@ class Rows(HeldRows[Row]):
     def _write(self, placement: Placement) -> None:
         index = placement.place
         self._exclude(index, placement.leaves)
-        self.filter_slot[index] = placement.filter_slot
-        self.remaining[index], self.draftable[index] = placement.wanted, placement.draftable
-        self.temperature[index], self.top_p[index] = placement.temperature, placement.top_p
-        self.seed[index] = placement.seed
+        counts = (0, 0, placement.wanted, placement.draftable, 0, placement.filter_slot, placement.seed)
+        self._whole[:, index] = torch.tensor(counts, device=self._whole.device)
+        if placement.temperature:
+            drawing = (placement.temperature, placement.top_p)
+            self._real[:, index] = torch.tensor(drawing, dtype=torch.float64, device=self._real.device)
 
     def finish(self, index: int) -> ListResult:
         """The list of a row, which is free afterwards."""
         row, codes = self.row(index), self.trie.sorted_codes
-        items = tuple(ScoredItem(tuple(codes[leaf].tolist()), score) for leaf, score in row.items)
+        found = codes[[leaf for leaf, _ in row.items]].tolist()
+        items = tuple(ScoredItem(tuple(each), score) for each, (_, score) in zip(found, row.items, strict=True))
         stats = SpeculationStats(row.rounds, row.draft_tokens, row.accepted_tokens, row.forced_tokens)
         self.free(index)
         return ListResult(
@@ -210,9 +212,8 @@ class Rows(HeldRows[Row]):
         self.held[index] = None
         if self.static and (row.done or not row.on_device):
             return  # what is done has been put to rest on the device, by the round that completed it
-        for state in (self.base, self.node, self.remaining, self.written, self.draftable, self.filter_slot):
-            state[index] = 0
-        self.temperature[index] = 0
+        self._whole[:, index] = 0
+        self._real[:, index] = 0
         self.excluded[index] = self.trie.num_items
         self.pending_length[index] = 0
         self.fresh_length[index] = 0

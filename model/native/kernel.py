@@ -119,6 +119,7 @@ def load() -> Any | None:
     library.padrec_pass.argtypes = [_pointer, _pointer, ctypes.c_int]
     library.padrec_read.argtypes = [_pointer, _pointer, ctypes.c_int]
     library.padrec_round.argtypes = [_pointer] * 8 + [ctypes.c_int]
+    library.padrec_prompts.argtypes = [_pointer] * 9 + [ctypes.c_int]
     library.padrec_beams.argtypes = [_pointer] * 6 + [ctypes.c_int]
     library.padrec_search.argtypes = [_pointer] * 7 + [ctypes.c_int]
     library.padrec_linear.argtypes = [_pointer] * 4 + [_number] * 3 + [ctypes.c_int]

@@ -35,6 +35,21 @@ struct Plan {
     const float *gate, *fuse, *by_node;
 };
 
+/* A prompt to read, or a piece of one: so many `tokens` of a row that has read `start` before. Where the prompt `ends`, the first
+ * choice is made. With a `feature` [size] the draft reads along: it is that of the token before (at the start: none), and
+ * then that of the last one; `draftable` items may be drafted then. */
+struct Prompt {
+    int64_t row, start, tokens, ends, draftable;
+    float *feature;
+};
+
+/* Prompts, their tokens one behind the other. */
+struct Prompts {
+    int64_t count;
+    const Prompt *prompt;
+    const int64_t *token;
+};
+
 /* What was done. Per row: `accepted` nodes, and of each decision (accepted + 1 of steps + 1) the run's `length`, the
  * `leaf` it completed (items: none) and its `score` in nats; `drafted` nodes. In all: nodes by step and by slot, and how
  * often rows that began at a slot came to a step of their tree and passed it, [levels, steps]. */
@@ -354,7 +369,7 @@ struct Round {
     void accept(int64_t b, const Cache *cache, const std::vector<Choice> &chosen, const std::vector<float *> &features,
                 const std::vector<int64_t> &ends) {
         Group *g = of(b);
-        const int64_t slot = t->depth[s->node[b]], decisions = p->steps + 1, items = t->items;
+        const int64_t slot = t->depth[s->node[b]], decisions = p->steps + 1;
         const Choice *best = chosen.data() + b * groups;
         std::vector<int64_t> way = {0};
         for (int64_t j = 0; j < p->steps; j++) {
@@ -382,22 +397,14 @@ struct Round {
         }
         out->accepted[b] = accepted;
         int64_t emitted = 0;
-        int64_t *const excluded = s->excluded + b * s->width, *const end = excluded + s->width;
         for (int64_t i = 0; i <= accepted; i++) {
             const Run run = i < accepted ? g[way[i + 1]].run : bonus;
             const int64_t at = b * decisions + i;
             out->length[at] = run.length, out->leaf[at] = run.leaf, out->score[at] = best[way[i]].score;
             s->base[b] += g[way[i]].run.length;
-            if (run.leaf < items) {
-                int64_t *place = std::lower_bound(excluded, end, run.leaf);
-                if (place < end) std::copy_backward(place, end - 1, end), *place = run.leaf;
-                emitted++;
-            }
+            emitted += emit(b, run);
             if (!draft || s->draftable[b] <= 0) continue;
-            const int64_t to = b * s->gains + i;
-            s->fresh_length[to] = run.length;
-            for (int64_t c = 0; c < places; c++) s->fresh_tokens[to * places + c] = token(run, c);
-            float *feature = s->fresh_feature + to * draft->size;
+            float *feature = hand_over(b, i, run);
             std::vector<float> all;
             for (const float *f : features) {
                 const float *own = f + ends[b * groups + way[i]] * m->size;
@@ -407,13 +414,109 @@ struct Round {
                 panel_rows<STORE, 1>(all.data(), 0, p->fuse + c * PANEL * (int64_t)all.size(), all.size(),
                                      feature + c * PANEL, 0, draft->size - c * PANEL, 0);
         }
-        for (int64_t i = accepted + 1; i < s->gains; i++) s->fresh_length[b * s->gains + i] = 0;
-        s->node[b] = bonus.end;
-        for (int64_t c = 0; c < places; c++) s->pending_tokens[b * places + c] = token(bonus, c);
-        s->pending_length[b] = bonus.length;
+        go_on(b, bonus, accepted + 1, emitted);
+    }
+
+    /* What a run completes is not emitted again; whether it completes anything. */
+    bool emit(int64_t b, const Run &run) const {
+        if (run.leaf >= t->items) return false;
+        int64_t *const excluded = s->excluded + b * s->width, *const end = excluded + s->width;
+        int64_t *place = std::lower_bound(excluded, end, run.leaf);
+        if (place < end) std::copy_backward(place, end - 1, end), *place = run.leaf;
+        return true;
+    }
+
+    /* Run i that the draft has yet to read; where the feature it was chosen from goes. */
+    float *hand_over(int64_t b, int64_t i, const Run &run) const {
+        const int64_t to = b * s->gains + i;
+        s->fresh_length[to] = run.length;
+        for (int64_t c = 0; c < places; c++) s->fresh_tokens[to * places + c] = token(run, c);
+        return s->fresh_feature + to * draft->size;
+    }
+
+    /* The row has `gained` runs, the last of which is pending, and `emitted` items. */
+    void go_on(int64_t b, const Run &pending, int64_t gained, int64_t emitted) const {
+        for (int64_t i = gained; i < s->gains; i++) s->fresh_length[b * s->gains + i] = 0;
+        s->node[b] = pending.end;
+        for (int64_t c = 0; c < places; c++) s->pending_tokens[b * places + c] = token(pending, c);
+        s->pending_length[b] = pending.length;
         s->written[b] += emitted;
         s->remaining[b] = std::max<int64_t>(s->remaining[b] - emitted, 0);
         s->draftable[b] = std::min(s->draftable[b], s->remaining[b]);
+    }
+
+    /* The target's pass over prompts: its hidden states, those of the prompts' ends alone where no feature is the last
+     * layer's (prompt i's is number `last[i]`), and its features where the draft reads along. */
+    int read_prompts(const Prompts *prompts, const Cache *cache, bool drafting, std::vector<float> *hidden,
+                     std::vector<float *> *features, std::vector<int64_t> *last) {
+        Tokens tokens;
+        bool whole = false;
+        const int64_t *own = prompts->token, num_features = drafting ? p->num_features : 0;
+        for (int64_t f = 0; f < num_features; f++) whole |= p->feature_layers[f] == m->layers - 1;
+        for (int64_t i = 0; i < prompts->count; i++) {
+            const Prompt &one = prompts->prompt[i];
+            for (int64_t j = 0; j < one.tokens; j++) {
+                tokens.add(one.row, *own++, one.start + j, one.start + j);
+                tokens.see(one.start + j + 1, {});
+            }
+            if (one.ends) tokens.asked.push_back((int64_t)tokens.token.size() - 1);
+            last->push_back(whole ? (int64_t)tokens.token.size() - 1 : (int64_t)tokens.asked.size() - 1);
+        }
+        const int64_t n = tokens.token.size(), size = n * m->size, asking = whole ? n : (int64_t)tokens.asked.size();
+        tokens.asked.reserve(1); /* nobody may be asked, which is not everybody */
+        hidden->resize((1 + num_features) * size);
+        for (int64_t f = 0; f < num_features; f++) features->push_back(hidden->data() + (1 + f) * size);
+        out->target_tokens = n;
+        const Pass pass = {n, cache->rows, cache->positions, cache->turns, 0, 0, num_features, asking,
+                           tokens.token.data(), tokens.row.data(), tokens.at.data(), tokens.position.data(),
+                           tokens.committed.data(), tokens.seeing.data(), p->feature_layers,
+                           whole ? nullptr : tokens.asked.data(), tokens.seen.data(), cache->rotations, cache->data,
+                           hidden->data(), features->data()};
+        return padrec_pass(m, &pass, threads);
+    }
+
+    /* Lets the draft read the prompts it reads along: each token with the feature of the one before. */
+    int draft_prompts(const Prompts *prompts, const Cache *cache, const std::vector<float *> &features) {
+        const int64_t d = draft->size, wide = p->num_features * m->size;
+        std::vector<float> all, fused;
+        Tokens tokens;
+        int64_t first = 0;
+        for (int64_t i = 0; i < prompts->count; first += prompts->prompt[i++].tokens) {
+            const Prompt &one = prompts->prompt[i];
+            for (int64_t j = 0; one.feature && j < one.tokens; j++) {
+                tokens.add(one.row, prompts->token[first + j], one.start + j, one.start + j);
+                for (const float *f : features)
+                    all.insert(all.end(), f + (first + j) * m->size, f + (first + j + 1) * m->size);
+            }
+        }
+        const int64_t n = tokens.token.size();
+        fused.resize(n * d);
+#pragma omp parallel num_threads(threads)
+        linear<STORE>(all.data(), wide, p->fuse, wide, fused.data(), d, d, nullptr, n);
+        tokens.features.resize(n * d);
+        for (int64_t i = 0, at = 0; i < prompts->count; i++) {
+            const Prompt &one = prompts->prompt[i];
+            if (!one.feature || !one.tokens) continue;
+            if (one.start) memcpy(tokens.features.data() + at * d, one.feature, d * sizeof(float));
+            memcpy(tokens.features.data() + (at + 1) * d, fused.data() + at * d, (one.tokens - 1) * d * sizeof(float));
+            at += one.tokens;
+            memcpy(one.feature, fused.data() + (at - 1) * d, d * sizeof(float));
+        }
+        return read(&tokens, cache, 0, nullptr, {});
+    }
+
+    /* The first choice of a row whose prompt ends. */
+    void begin(int64_t i, const Prompt &one, const float *hidden) {
+        const int64_t b = one.row;
+        Choice choice;
+        choose(t, s, b, 0, hidden, nullptr, nullptr, 0, 1, true, &choice);
+        if (!choice.found) return;
+        const Run run = step_into(0, &choice);
+        out->length[i] = run.length, out->leaf[i] = run.leaf, out->score[i] = choice.score;
+        s->draftable[b] = one.draftable;
+        const bool drafting = one.feature && one.draftable > 0;
+        if (drafting) memcpy(hand_over(b, 0, run), one.feature, draft->size * sizeof(float));
+        go_on(b, run, drafting, emit(b, run));
     }
 
     int64_t token(const Run &run, int64_t c) const {
@@ -465,6 +568,34 @@ int padrec_round(const Trie *t, const Model *m, const Draft *draft, State *s, co
     for (int64_t b = 0; b < s->rows; b++)
         if (s->pending_length[b]) round.accept(b, target_cache, chosen, features, ends);
     out->draft_seconds = drafted - started, out->verify_seconds = now() - drafted;
+    return 0;
+}
+
+/* Reads prompts, and makes the first choice of those that end: `out` has one decision of each. The plan is for one step.
+ * Returns 1 as padrec_round does. */
+int padrec_prompts(const Trie *t, const Model *m, const Draft *draft, State *s, const Plan *p, const Cache *target_cache,
+                   const Cache *draft_cache, const Prompts *prompts, Report *out, int threads) {
+    Round round = {t, m, draft, s, p, out, threads, t->levels + 1, 0, 1, {}};
+    bool drafting = false;
+    for (int64_t i = 0; i < prompts->count; i++) {
+        const Prompt &one = prompts->prompt[i];
+        if (one.row < 0 || one.row >= s->rows || one.tokens < 1 || one.start < 0 || s->filter_slot[one.row] < 0) return 1;
+        if (one.feature && !draft) return 1;
+        drafting |= one.feature != nullptr;
+    }
+    std::vector<float> hidden;
+    std::vector<float *> features;
+    std::vector<int64_t> last;
+    if (round.read_prompts(prompts, target_cache, drafting, &hidden, &features, &last)) return 1;
+    if (drafting && round.draft_prompts(prompts, draft_cache, features)) return 1;
+    for (int64_t i = 0; i < prompts->count; i++) {
+        const Prompt &one = prompts->prompt[i];
+        s->base[one.row] = one.start + one.tokens; /* what an idle row's padding is written behind */
+        s->draftable[one.row] = 0;
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (prompts->count > 4)
+    for (int64_t i = 0; i < prompts->count; i++)
+        if (prompts->prompt[i].ends) round.begin(i, prompts->prompt[i], hidden.data() + last[i] * m->size);
     return 0;
 }
 }

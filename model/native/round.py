@@ -8,9 +8,10 @@ round, E exclusions a row, d hidden size.
 """
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -79,6 +80,28 @@ class RoundCounts(NamedTuple):
     target_tokens: int
 
 
+class Prompt(NamedTuple):
+    """A prompt to read, or a piece of one: the `tokens` of `row` behind `start` others, and whether it `ends` here.
+    With a `feature` [d] the draft reads along: it is that of the token before, and then that of the last one. So many
+    items are `draftable` once the prompt has ended."""
+
+    row: int
+    start: int
+    tokens: Sequence[int]
+    ends: bool
+    draftable: int
+    feature: Tensor | None
+
+
+class First(NamedTuple):
+    """The first choice of a row: its `score` in nats, the `leaf` it completed (number of items: none) and the `length`
+    of its run."""
+
+    score: float
+    leaf: int
+    length: int
+
+
 class _State(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("rows", "gains", "width")),
@@ -92,6 +115,10 @@ class _Plan(ctypes.Structure):
         *((name, _pointer) for name in ("parent", "rank", "feature_layers", "step", "context", "gate", "fuse")),
         ("by_node", _pointer),
     ]
+
+
+class _Prompts(ctypes.Structure):
+    _fields_ = [("count", _number), *((name, _pointer) for name in ("prompt", "token"))]
 
 
 class _Report(ctypes.Structure):
@@ -141,12 +168,7 @@ class NativeRound:
         library = load()
         assert library is not None
         steps = table.rank.shape[1]
-        if not same(rows, self._rows):
-            self._rows = rows
-            self._state = _State(
-                count, rows.fresh_length.shape[1], rows.excluded.shape[1], *(tensor.data_ptr() for tensor in rows)
-            )
-        self._state.rows = count
+        held = self._held(count, rows, self._plan(table, forced))
         # One piece of memory for all that comes back, and one look at it.
         by_step, by_slot, decisions = (steps, steps), (self.levels, self.levels), count * (steps + 1)
         sizes = (count, decisions, decisions, count, *by_step, *by_slot, self.levels * steps, self.levels * steps)
@@ -155,11 +177,7 @@ class NativeRound:
         first, last = ctypes.addressof(told), ctypes.addressof(score)
         begins = [first + ctypes.sizeof(_number) * (end - size) for end, size in zip(ends, sizes, strict=True)]
         report = _Report(*begins[:4], last, *begins[4:], 0, 0.0, 0.0)
-        plan = self._plan(table, forced)
-        given = (self._trie.pointer, self._target.pointer, self._draft and self._draft[0].pointer)
-        held = (ctypes.byref(self._state), ctypes.byref(plan), self._cache.pointer)
-        cache = None if self._draft_cache is None else self._draft_cache.pointer
-        if library.padrec_round(*given, *held, cache, ctypes.byref(report), torch.get_num_threads()):
+        if library.padrec_round(*held, ctypes.byref(report), torch.get_num_threads()):
             raise IndexError("a token, node or position lies outside the model, the trie or the cache")
         parts = [told[end - size : end] for end, size in zip(ends, sizes, strict=True)]
         accepted, lengths, leaves, drafted = parts[:4]
@@ -175,6 +193,44 @@ class NativeRound:
             target_tokens=report.target_tokens,
         )
         return gain, counts
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is a network that drafts."""
+        return self._draft is not None
+
+    def read(self, prompts: Sequence[Prompt], rows: RowState, table: TreeTable, forced: bool) -> list[First]:
+        """Read prompts, of rows that have none pending. Returns the first choice of each; of one that goes on, nothing
+        that means anything. `table`: of one step."""
+        library = load()
+        assert library is not None
+        held = self._held(len(rows.base), rows, self._plan(table, forced))
+        asked, tokens = array("q"), array("q")
+        for one in prompts:
+            feature = 0 if one.feature is None else one.feature.data_ptr()
+            asked.extend((one.row, one.start, len(one.tokens), int(one.ends), one.draftable, feature))
+            tokens.extend(one.tokens)
+        count = len(prompts)
+        told, score = (_number * (2 * count))(), (ctypes.c_float * count)()
+        leaf = ctypes.addressof(told) + ctypes.sizeof(_number) * count
+        report = _Report(length=ctypes.addressof(told), leaf=leaf, score=ctypes.addressof(score))
+        given = _Prompts(count, asked.buffer_info()[0], tokens.buffer_info()[0])
+        ends = (ctypes.byref(given), ctypes.byref(report), torch.get_num_threads())
+        if library.padrec_prompts(*held, *ends):
+            raise IndexError("a token, row or position lies outside the model, the rows or the cache")
+        return [First(score[i], told[count + i], told[i]) for i in range(count)]
+
+    def _held(self, count: int, rows: RowState, plan: _Plan) -> tuple[Any, ...]:
+        """What every call is given: both networks, `count` rows, what to do and both caches."""
+        if not same(rows, self._rows):
+            self._rows = rows
+            self._state = _State(
+                count, rows.fresh_length.shape[1], rows.excluded.shape[1], *(tensor.data_ptr() for tensor in rows)
+            )
+        self._state.rows = count
+        networks = (self._trie.pointer, self._target.pointer, self._draft and self._draft[0].pointer)
+        caches = (self._cache.pointer, None if self._draft_cache is None else self._draft_cache.pointer)
+        return (*networks, ctypes.byref(self._state), ctypes.byref(plan), *caches)
 
     def _plan(self, table: TreeTable, forced: bool) -> _Plan:
         key = (id(table), forced)  # kept with the plan: an id is not given out again
