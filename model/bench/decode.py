@@ -1,7 +1,8 @@
 """`padrec bench decode`: wall clock and acceptance of every variant on held-out users, and proof that all agree.
 
 Variants run interleaved in one process on the same requests: plain (a token a pass), plain-forced (forced runs), draft
-(the same draft without PAD-Rec), padrec. Prefill is part of every list's time. Knows bundles and data; no sockets.
+(the same draft without PAD-Rec), padrec. Prefill is part of every list's time. Beside them stands what no speculation
+can go below on this device: the prompt's pass, and one more over the whole list. Knows bundles and data; no sockets.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from model.decoding.request import ListRequest, ListResult
 from model.decoding.topology import Budget, FixedBudget, best_trees
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
+from model.kv_cache import Sight, Write
 from model.semantic_id import Codes
 from model.train.evaluate import quality
 
@@ -91,6 +93,51 @@ def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str], **options
     return made
 
 
+class Bound:
+    """The least any speculation could take: prompts in one pass and whole lists in another, as if a draft that costs
+    nothing had guessed them all. Nothing is drafted, chosen or booked."""
+
+    def __init__(
+        self, bundle: Bundle, requests: Sequence[ListRequest], lists: Sequence[ListResult], batch: int
+    ) -> None:
+        """`lists`: what the target writes for each request."""
+        self.target, vocabulary = bundle.target, bundle.target.vocabulary
+        history = bundle.info.max_history_items
+        pairs = [
+            (
+                vocabulary.list_prompt(request.history[-history:]),
+                # The last item's last code and its separator are not read: nothing comes after them.
+                [token for item in found.items for token in vocabulary.list_item_tokens(item.codes)][:-2],
+            )
+            for request, found in zip(requests, lists, strict=True)
+        ]
+        self.chunks = [pairs[begin : begin + batch] for begin in range(0, len(pairs), batch)]
+        positions = max(len(prompt) + len(written) for prompt, written in pairs)
+        self.target.reserve_positions(positions)
+        self.cache = self.target.new_cache(batch, positions)
+
+    @torch.inference_mode()
+    def run(self) -> list[torch.Tensor]:
+        """The hidden states [B, n, d] over the lists of each batch."""
+        found = []
+        for chunk in self.chunks:
+            prompts, written = zip(*chunk, strict=True)
+            self._read(prompts, [0] * len(chunk))
+            found.append(self._read(written, [len(prompt) for prompt in prompts]))
+        return found
+
+    def _read(self, tokens: Sequence[list[int]], begins: list[int]) -> torch.Tensor:
+        device, longest = self.target.device, max(map(len, tokens))
+        padded = torch.tensor([each + [0] * (longest - len(each)) for each in tokens], device=device)
+        length, start = torch.tensor([len(each) for each in tokens], device=device), torch.tensor(begins, device=device)
+        order, rows = torch.arange(longest, device=device), torch.arange(len(tokens), device=device)[:, None]
+        positions = start[:, None] + order
+        at = Write(rows, positions, 0, begins[0] if len(tokens) == 1 else None)
+        at = at if len(tokens) == 1 else at.without(order >= length[:, None])
+        sight = Sight(start if any(begins) else None, None, int((start + length).max()))
+        return self.target(padded, positions, self.cache, at, sight).hidden
+
+
 def twin_lists(bundle: Bundle, requests: Sequence[ListRequest]) -> dict[str, tuple[ListResult, float]]:
     """The slow twin's list of every request, and the smallest distance (nats) between its two best legal tokens."""
     twin = PlainTwin(bundle.target, [item.codes for item in bundle.catalog.items], bundle.info.max_history_items)
@@ -141,28 +188,27 @@ def bench_decode(
     records = []
     for batch in batches:
         made = variants(bundle, batch, requests[0].k, ("plain", "plain-forced", "draft", "padrec"))
-        seconds: dict[str, list[float]] = {v.name: [] for v in made}
+        bound = Bound(bundle, requests, [twins[request.request_id][0] for request in requests], batch)
+        seconds: dict[str, list[float]] = {name: [] for name in ("bound", *(v.name for v in made))}
         decoded: dict[str, Decoded] = {}
         for variant in made:
             decode_all(variant.decoder, requests[: max(2, batch)])
         for _ in range(repeats):
+            started = time.perf_counter()
+            bound.run()
+            seconds["bound"].append((time.perf_counter() - started) / len(requests))
             for variant in made:
                 started = time.perf_counter()
                 decoded[variant.name] = decode_all(variant.decoder, requests)
                 seconds[variant.name].append((time.perf_counter() - started) / len(requests))
-        plain = statistics.median(seconds["plain"])
+        records.append({**_timed("bound", batch, len(requests), seconds), **_described(bundle)})
+        say(line(records[-1]))
         for variant in made:
-            run, times = decoded[variant.name], seconds[variant.name]
+            run = decoded[variant.name]
             budget = variant.decoder.budget(batch) if variant.decoder.draft else Budget(0)
             records.append(
                 {
-                    "variant": variant.name,
-                    "batch": batch,
-                    "lists": len(requests),
-                    "ms_per_list": round(1e3 * statistics.median(times), 3),
-                    "ms_min": round(1e3 * min(times), 3),
-                    "ms_max": round(1e3 * max(times), 3),
-                    "speedup": round(plain / statistics.median(times), 3),
+                    **_timed(variant.name, batch, len(requests), seconds),
                     "prefill_ms": round(1e3 * statistics.mean(r.prefill_seconds for r in run.results.values()), 3),
                     "draft_ms": round(1e3 * sum(r.draft_seconds for r in run.rounds) / len(requests), 3),
                     "verify_ms": round(1e3 * sum(r.verify_seconds for r in run.rounds) / len(requests), 3),
@@ -175,22 +221,42 @@ def bench_decode(
                     "budget_nodes": [budget.nodes(slot) for slot in range(bundle.trie.num_levels)],
                     **disagreements(bundle, requests, run.results, twins),
                     **(judge(run.results) if judge else {}),
-                    "dtype": str(bundle.target.dtype).removeprefix("torch."),
-                    **machine(),
+                    **_described(bundle),
                 }
             )
             say(line(records[-1]))
     return records
 
 
+def _timed(name: str, batch: int, lists: int, seconds: dict[str, list[float]]) -> Record:
+    times, plain = seconds[name], statistics.median(seconds["plain"])
+    return {
+        "variant": name,
+        "batch": batch,
+        "lists": lists,
+        "ms_per_list": round(1e3 * statistics.median(times), 3),
+        "ms_min": round(1e3 * min(times), 3),
+        "ms_max": round(1e3 * max(times), 3),
+        "speedup": round(plain / statistics.median(times), 3),
+    }
+
+
+def _described(bundle: Bundle) -> Record:
+    return {"dtype": str(bundle.target.dtype).removeprefix("torch."), **machine()}
+
+
 def line(record: Record) -> str:
     """One record for people."""
-    return (
+    timed = (
         f"{record['variant']:13} batch {record['batch']:3}  {record['ms_per_list']:8.2f} ms/list "
-        f"[{record['ms_min']:.2f}-{record['ms_max']:.2f}]  x{record['speedup']:.2f}  rounds {record['rounds']:5.1f}  "
-        f"acceptance {record['acceptance_length']:.2f}  identical {record['identical']:.3f}  "
-        f"mismatches {record['mismatches']} near-ties {record['near_ties']}  slot {record['acceptance_by_slot']}  "
-        f"step {record['acceptance_by_step']}"
+        f"[{record['ms_min']:.2f}-{record['ms_max']:.2f}]  x{record['speedup']:.2f}"
+    )
+    if record["variant"] == "bound":
+        return f"{timed}  what no draft can go below"
+    return (
+        f"{timed}  rounds {record['rounds']:5.1f}  acceptance {record['acceptance_length']:.2f}  "
+        f"identical {record['identical']:.3f}  mismatches {record['mismatches']} near-ties {record['near_ties']}  "
+        f"slot {record['acceptance_by_slot']}  step {record['acceptance_by_step']}"
     )
 
 
@@ -202,7 +268,7 @@ def plot(records: Sequence[Record]) -> str:
         by_name.setdefault(record["variant"], []).append(record)
     speed = {name: [r["speedup"] for r in found] for name, found in by_name.items()}
     panels = [Panel("list of ten, against plain", "batch", "times as fast", tuple(map(str, batches)), speed, "lines")]
-    drafted = {name: found[0] for name, found in by_name.items() if found[0]["acceptance_by_step"]}
+    drafted = {name: found[0] for name, found in by_name.items() if found[0].get("acceptance_by_step")}
     if drafted:
         first = next(iter(drafted.values()))
         slots = tuple("abcdefgh"[: len(first["acceptance_by_slot"])])
@@ -305,7 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
     if options.plot and not options.exact:
         options.plot.write_text(plot(records))
-    return 1 if any(r["mismatches"] or r["invalid"] or r["repeated"] or r["excluded"] for r in records) else 0
+    faults = ("mismatches", "invalid", "repeated", "excluded")
+    return 1 if any(record.get(fault) for record in records for fault in faults) else 0
 
 
 def _judge(

@@ -77,6 +77,10 @@ class Known:
 class BeamRows(HeldRows[BeamRow]):
     """Rows of beam requests."""
 
+    prompt: Tensor
+    used: Tensor
+    filter_slot: Tensor
+
     def __init__(
         self, num_rows: int, tree: BeamTree, filters: FilterTable, max_history_items: int, room: int, size: int, k: int
     ) -> None:

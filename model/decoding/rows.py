@@ -88,6 +88,16 @@ class Rows(HeldRows[Row]):
     and how it samples: `temperature` (0: greedy), `top_p`, `seed`. Where shapes are static one more row, the last,
     takes what padding writes, and tensors stay where they are for good."""
 
+    base: Tensor
+    node: Tensor
+    remaining: Tensor
+    draftable: Tensor
+    written: Tensor
+    filter_slot: Tensor
+    seed: Tensor
+    temperature: Tensor
+    top_p: Tensor
+
     def __init__(
         self,
         num_rows: int,

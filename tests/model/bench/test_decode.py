@@ -4,14 +4,16 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from model.bench import decode
-from model.bench.decode import adversarial, disagreements, held_out_requests, main, twin_lists
+from model.bench.decode import Bound, adversarial, disagreements, held_out_requests, main, twin_lists
 from model.bundle import Bundle, load_bundle
 from model.data.histories import histories
 from model.data.movielens import DataError, read_movielens
 from model.decoding.offline import decode_all
 from model.decoding.request import ListRequest, ListResult
+from model.kv_cache import Sight, Write
 
 DATA = Path(__file__).parents[3] / ".data" / "ml-100k"
 Twins = dict[str, tuple[ListResult, float]]
@@ -109,12 +111,15 @@ def test_the_records_hold_what_is_promised_for_every_variant_and_batch(
     titles = [element.text for element in ElementTree.parse(drawn).iter() if element.tag.endswith("title")]
     assert {"padrec 1", "padrec 2", "plain 2"} <= {str(title).partition(":")[0] for title in titles}
     records = json.loads(path.read_text())
-    variants = ["plain", "plain-forced", "draft", "padrec"]
+    variants = ["bound", "plain", "plain-forced", "draft", "padrec"]
     assert [(r["variant"], r["batch"]) for r in records] == [(v, b) for b in (1, 2) for v in variants]
     for record in records:
-        assert set(record) == KEYS
         assert record["lists"] == 2
         assert record["ms_min"] <= record["ms_per_list"] <= record["ms_max"]
+        if record["variant"] == "bound":
+            assert record["speedup"] > 0
+            continue
+        assert set(record) == KEYS
         assert record["identical"] + record["near_ties"] / 2 == 1.0
         assert record["threads"] == 1
     by_name = {(r["variant"], r["batch"]): r for r in records}
@@ -125,6 +130,24 @@ def test_the_records_hold_what_is_promised_for_every_variant_and_batch(
     # Five items of four codes and a separator, a token a round; the first comes from the prefill, the last
     # separator is not needed.
     assert 5 * 5 - 2 <= by_name["plain", 1]["rounds"] <= 5 * 5
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_bound_reads_what_a_draft_that_is_always_right_would_have_verified(
+    bundle: Bundle, requests: list[ListRequest], twins: Twins, batch: int
+) -> None:
+    lists = [twins[request.request_id][0] for request in requests]
+    target, vocabulary = bundle.target, bundle.target.vocabulary
+    read = [row for hidden in Bound(bundle, requests, lists, batch).run() for row in hidden]
+    for request, found, hidden in zip(requests, lists, read, strict=True):
+        prompt = vocabulary.list_prompt(request.history[-bundle.info.max_history_items :])
+        written = [token for item in found.items for token in vocabulary.list_item_tokens(item.codes)][:-2]
+        whole = torch.tensor([prompt + written])
+        positions = torch.arange(whole.shape[1])[None]
+        at = Write(torch.zeros(1, 1, dtype=torch.int64), positions, 0, 0)
+        cache = target.new_cache(1, whole.shape[1])
+        right = target(whole, positions, cache, at, Sight(None, None, whole.shape[1])).hidden[0, len(prompt) :]
+        torch.testing.assert_close(hidden[: len(written)], right, atol=1e-4, rtol=1e-4)
 
 
 def test_the_exactness_check_covers_three_drafts_three_loads_and_three_kinds_of_tree(
