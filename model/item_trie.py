@@ -12,7 +12,7 @@ path, F filters.
 
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from model.semantic_id import Codes, Vocabulary
 Tensor = torch.Tensor
 ROOT = 0
 ANY_NODE = 2  # the root's first child: what padding steps into
+KNOWN_LEAVES = 1 << 16  # of items asked for of late; some 200 bytes each
 _TABLES = ("leaf_start", "first_child", "run_end", "code", "depth", "column", "item_tokens")
 
 
@@ -106,12 +107,16 @@ class ItemTrie:
         self.num_levels, self.num_items = tables["columns"].shape
         self.item_of_leaf = tables["item_of_leaf"]
         # One look-up at a time: bytes are read faster where they lie than through arrays or tensors.
-        self._children, self._codes = tables["first_child"].data, tables["code"].data
         self.sorted_codes = tables["columns"].T
         for name in _TABLES:
             setattr(self, name, torch.from_numpy(tables[name]).to(device))
         self.num_nodes = len(self.depth)
         self.first_leaf = self.num_nodes - 2 - self.num_items
+        look_up = (tables["first_child"].data, tables["code"].data, self.num_levels, self.first_leaf)
+        self._find = partial(_leaf, *look_up)
+        # Leaf of an item, or None when no item has these codes. Histories name the same popular items again and again,
+        # and are looked up when they are checked and when they get a row.
+        self.leaf = lru_cache(KNOWN_LEAVES)(self._find)
         self._window = torch.arange(vocabulary.max_codebook_size + 1, device=device)
         self._places = torch.arange(self.num_levels + 1, device=device) - 1
         self._one = torch.ones(1, dtype=torch.int64, device=device)
@@ -123,7 +128,7 @@ class ItemTrie:
 
     def leaves(self, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Leaves of the items among `codes` [M, L], which may hold codes of no item; ascending and distinct."""
-        found = (self.leaf(tuple(each)) for each in codes.tolist())
+        found = (self._find(each) for each in codes.tolist())
         return np.array(sorted({leaf for leaf in found if leaf is not None}), dtype=np.int64)
 
     @cached_property
@@ -136,18 +141,6 @@ class ItemTrie:
     @property
     def device(self) -> torch.device:
         return self.leaf_start.device
-
-    def leaf(self, codes: Codes) -> int | None:
-        """Leaf of an item, or None when no item has these codes."""
-        if len(codes) != self.num_levels:
-            return None
-        node = 0
-        for code in codes:
-            end = self._children[node + 1]
-            node = bisect_left(self._codes, code, self._children[node], end)
-            if node == end or self._codes[node] != code:
-                return None
-        return node - self.first_leaf
 
     def passing(self, leaves: npt.NDArray[np.bool_] | None = None) -> Tensor:
         """How many of the leaves before each node pass a filter, [V]; without a filter every leaf passes. By node, not
@@ -202,6 +195,21 @@ class ItemTrie:
             length += done
             end = end.masked_fill(done, ROOT)
         return Run(tokens, length, end, leaf.masked_fill(~done, self.num_items))
+
+
+def _leaf(
+    first_child: memoryview, code: memoryview, num_levels: int, first_leaf: int, codes: Sequence[int]
+) -> int | None:
+    """Leaf of the item with these `codes`. Bytes are read faster where they lie than through arrays or tensors."""
+    if len(codes) != num_levels:
+        return None
+    node = ROOT
+    for wanted in codes:
+        end = first_child[node + 1]
+        node = bisect_left(code, wanted, first_child[node], end)
+        if node == end or code[node] != wanted:
+            return None
+    return node - first_leaf
 
 
 def _node_starts(columns: npt.NDArray[np.unsignedinteger]) -> list[npt.NDArray[np.int64]]:

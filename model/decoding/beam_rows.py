@@ -16,7 +16,7 @@ from model.decoding.beam_choice import Beams
 from model.decoding.beam_request import BeamRequest, BeamResult
 from model.decoding.beam_tree import BeamTree
 from model.decoding.filters import FilterTable
-from model.decoding.held_rows import HeldRows
+from model.decoding.held_rows import HeldRows, scalars
 from model.decoding.request import ScoredItem, SpeculationStats
 from model.decoding.sampling import fresh_seed
 from model.item_trie import Availability
@@ -95,11 +95,16 @@ class BeamRows(HeldRows[BeamRow]):
         self.last = torch.zeros(num_rows, size, device=trie.device)
         self.beam = self._counts.new_full((num_rows, k), tree.nowhere)
         self.score = torch.zeros(num_rows, k, device=trie.device)
+        self._state: BeamState | None = None
+        self._views = [scalars(of) for of in (self._counts, self.nodes, self.beam, self.score)]
 
     def state(self) -> BeamState:
-        """The rows' tensors as a compiled pass takes them."""
-        changed = (self.prompt, self.used, self.nodes, self.beam, self.hidden, self.last, self.score)
-        return BeamState(*changed, self.excluded, self.filter_slot, self.filters.passing)
+        """The rows' tensors as a compiled pass takes them: the same object as long as they are the same."""
+        known = self._state
+        if known is None or known.excluded is not self.excluded or known.passing is not self.filters.passing:
+            changed = (self.prompt, self.used, self.nodes, self.beam, self.hidden, self.last, self.score)
+            known = self._state = BeamState(*changed, self.excluded, self.filter_slot, self.filters.passing)
+        return known
 
     def may(self, rows: Tensor) -> Availability:
         return Availability(self.filters.passing, self.filter_slot[rows], self.excluded[rows])
@@ -108,12 +113,13 @@ class BeamRows(HeldRows[BeamRow]):
         """Give a validated request a free row."""
         index = self.held.index(None)
         share = self._share(request)
-        seed = fresh_seed() if request.seed is None else request.seed
+        # A strict answer draws nothing.
+        relaxed = request.verification == "relaxed"
+        seed = request.seed if request.seed is not None else fresh_seed() if relaxed else 0
         self.held[index] = BeamRow(request, share.wanted, share.filter_slot, share.history_used, share.degraded, seed)
         self._reserve_exclusions(len(share.leaves))
         self._exclude(index, share.leaves)
-        if share.filter_slot:
-            self.filter_slot[index] = share.filter_slot
+        self._views[0][2, index] = share.filter_slot
         return index
 
     def known(self, rows: Tensor, indices: Sequence[int]) -> Known:
@@ -133,7 +139,8 @@ class BeamRows(HeldRows[BeamRow]):
     def finish(self, index: int) -> BeamResult:
         """The items of a row whose beams are leaves; it is free afterwards."""
         row, trie = self.row(index), self.tree.trie
-        beams = zip(self.beam[index, : row.beams].tolist(), self.score[index, : row.beams].tolist(), strict=True)
+        _, _, nodes, scores = self._views
+        beams = zip(nodes[index, : row.beams].tolist(), scores[index, : row.beams].tolist(), strict=True)
         best = sorted(beams, key=lambda beam: -beam[1])  # stable: ties stay in the order of their codes
         codes = trie.sorted_codes[[node - trie.first_leaf for node, _ in best]].tolist()
         items = tuple(ScoredItem(tuple(found), score) for found, (_, score) in zip(codes, best, strict=True))
@@ -153,9 +160,10 @@ class BeamRows(HeldRows[BeamRow]):
     def free(self, index: int) -> None:
         self.filters.release(self.row(index).filter_slot)
         self.held[index] = None
-        self._counts[:, index] = 0
-        self.nodes[index], self.beam[index] = self.tree.nowhere, self.tree.nowhere
-        self.excluded[index] = self.tree.trie.num_items
+        counts, nodes, beam, _ = self._views
+        counts[:, index] = 0
+        nodes[index] = beam[index] = self.tree.nowhere
+        self._excluded[index] = self.tree.trie.num_items
 
     def check_integrity(self) -> None:
         """Nothing leaks: free rows hold nothing, filters are held by rows only."""

@@ -118,7 +118,7 @@ class FilterTable:
         self.passing = self._room = trie.passing()[None].repeat(self.num_slots if static else 1, 1)
         self._next_slot = 1
         # What a device holds is read back once per filter, not once per request.
-        self._on_host = {0: self.passing[0].cpu()}
+        self._on_host = {0: self.passing[0].cpu().numpy()}
         self.attributes = catalog if isinstance(catalog, Attributes) else Attributes.of(catalog, trie)
         self._stock: Stock | None = None
         self._stock_number = 0
@@ -164,7 +164,7 @@ class FilterTable:
                 old = next(k for k, slot in self._slots.items() if not self._users.get(slot))
                 self._slots[key] = self._slots.pop(old)
             self.passing[self._slots[key]] = row
-            self._on_host[self._slots[key]] = row.cpu()
+            self._on_host[self._slots[key]] = row.cpu().numpy()
         self._slots.move_to_end(key)
         slot = self._slots[key]
         self._users[slot] = self._users.get(slot, 0) + 1
@@ -175,7 +175,7 @@ class FilterTable:
             assert self._users.get(slot, 0) > 0, f"filter slot {slot} released twice"
             self._users[slot] -= 1
 
-    def counts(self, slot: int) -> torch.Tensor:
+    def counts(self, slot: int) -> npt.NDArray[np.int32]:
         """How many leaves before each node pass the filter of a slot, [V] on the host."""
         return self._on_host[slot]
 

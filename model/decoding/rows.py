@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
 
 from model.decoding.filters import FilterTable
-from model.decoding.held_rows import HeldRows
+from model.decoding.held_rows import HeldRows, scalars
 from model.decoding.request import ListRequest, ListResult, ScoredItem, SpeculationStats
 from model.decoding.sampling import Sampling, fresh_seed
 from model.item_trie import Availability, ItemTrie
@@ -72,7 +74,7 @@ class Placement(NamedTuple):
     """What the tensors of the row at `place` are to hold; `leaves` are those it may not emit."""
 
     place: int
-    leaves: Tensor
+    leaves: npt.NDArray[np.int64]
     wanted: int
     draftable: int
     filter_slot: int
@@ -125,6 +127,8 @@ class Rows(HeldRows[Row]):
         self.fresh_tokens = whole.new_zeros(num_rows, max_gain, places)
         self.fresh_length = whole.new_zeros(num_rows, max_gain)
         self.fresh_feature = torch.zeros(num_rows, max_gain, size, device=trie.device)
+        self._state: RowState | None = None
+        self._views = [scalars(of) for of in (whole, self._real, self.pending_length, self.fresh_length)]
 
     @property
     def running(self) -> list[int]:
@@ -132,25 +136,28 @@ class Rows(HeldRows[Row]):
         return [i for i, row in enumerate(self.held) if row is not None and not row.unread]
 
     def state(self) -> RowState:
-        """The rows' tensors as a compiled round takes them."""
-        return RowState(
-            base=self.base,
-            node=self.node,
-            remaining=self.remaining,
-            draftable=self.draftable,
-            written=self.written,
-            pending_tokens=self.pending_tokens,
-            pending_length=self.pending_length,
-            fresh_tokens=self.fresh_tokens,
-            fresh_length=self.fresh_length,
-            excluded=self.excluded,
-            fresh_feature=self.fresh_feature,
-            filter_slot=self.filter_slot,
-            seed=self.seed,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            passing=self.filters.passing,
-        )
+        """The rows' tensors as a compiled round takes them: the same object as long as they are the same."""
+        known = self._state
+        if known is None or known.excluded is not self.excluded or known.passing is not self.filters.passing:
+            known = self._state = RowState(
+                base=self.base,
+                node=self.node,
+                remaining=self.remaining,
+                draftable=self.draftable,
+                written=self.written,
+                pending_tokens=self.pending_tokens,
+                pending_length=self.pending_length,
+                fresh_tokens=self.fresh_tokens,
+                fresh_length=self.fresh_length,
+                excluded=self.excluded,
+                fresh_feature=self.fresh_feature,
+                filter_slot=self.filter_slot,
+                seed=self.seed,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                passing=self.filters.passing,
+            )
+        return known
 
     def may(self, rows: Tensor | slice, banned: int | None = None) -> Availability:
         """What `rows` may still emit; none of them has more than `banned` exclusions, where one says so."""
@@ -179,7 +186,8 @@ class Rows(HeldRows[Row]):
         most = len(leaves) + request.k + headroom
         row = Row(request, wanted, slot, used, degraded, most, request.speculation)
         self.held[index] = row
-        seed = fresh_seed() if request.seed is None else request.seed
+        # A greedy list draws nothing.
+        seed = request.seed if request.seed is not None else fresh_seed() if request.temperature else 0
         draftable = row.wanted if request.speculation else 0
         drawing = (request.temperature, request.top_p, seed)
         placement = Placement(index, leaves, row.wanted, draftable, slot, *drawing)
@@ -193,11 +201,11 @@ class Rows(HeldRows[Row]):
     def _write(self, placement: Placement) -> None:
         index = placement.place
         self._exclude(index, placement.leaves)
+        whole, real, *_ = self._views
         counts = (0, 0, placement.wanted, placement.draftable, 0, placement.filter_slot, placement.seed)
-        self._whole[:, index] = torch.tensor(counts, device=self._whole.device)
-        if placement.temperature:
-            drawing = (placement.temperature, placement.top_p)
-            self._real[:, index] = torch.tensor(drawing, dtype=torch.float64, device=self._real.device)
+        for place, value in enumerate(counts):
+            whole[place, index] = value
+        real[0, index], real[1, index] = placement.temperature, placement.top_p
 
     def finish(self, index: int) -> ListResult:
         """The list of a row, which is free afterwards."""
@@ -222,11 +230,10 @@ class Rows(HeldRows[Row]):
         self.held[index] = None
         if self.static and (row.done or not row.on_device):
             return  # what is done has been put to rest on the device, by the round that completed it
-        self._whole[:, index] = 0
-        self._real[:, index] = 0
-        self.excluded[index] = self.trie.num_items
-        self.pending_length[index] = 0
-        self.fresh_length[index] = 0
+        whole, real, pending_length, fresh_length = self._views
+        whole[:, index] = real[:, index] = 0
+        pending_length[index] = fresh_length[index] = 0
+        self._excluded[index] = self.trie.num_items
 
     def check_integrity(self) -> None:
         """Nothing leaks: free rows decode nothing, filters are held by rows only."""

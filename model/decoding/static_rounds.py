@@ -267,7 +267,7 @@ class StaticRounds:
         banned.fill_(self.decoder.trie.num_items)
         for place, (prompt, row) in enumerate(zip(prompts, placed, strict=True)):
             tokens[place, : len(prompt)] = torch.tensor(prompt)
-            banned[place, : len(row.leaves)] = row.leaves
+            banned[place, : len(row.leaves)] = torch.from_numpy(row.leaves)
             known = (row.place, len(prompt), row.wanted, row.draftable, row.filter_slot, row.seed)
             state[place] = torch.tensor(known)
             drawing[place] = torch.tensor((row.temperature, row.top_p), dtype=torch.float64)

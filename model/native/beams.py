@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from model.native.kernel import NativeTarget, load
-from model.native.tables import NativeCache, NativeTrie, same
+from model.native.tables import NativeCache, NativeTrie
 
 Tensor = torch.Tensor
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
@@ -136,7 +136,7 @@ class NativeRows:
 
     def pointers(self, state: BeamState) -> tuple[Any, Any]:
         """Tree and rows; alive as long as this object and the tensors are."""
-        if not same(state, self._state):
+        if state is not self._state:
             rows, room, _ = state.hidden.shape
             sizes = (rows, room, state.beam.shape[1], state.excluded.shape[1])
             self._state, self._rows = state, _Rows(*sizes, *(tensor.data_ptr() for tensor in state))

@@ -10,7 +10,7 @@ round, E exclusions a row, d hidden size.
 import ctypes
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from model.item_trie import ItemTrie
 from model.kv_cache import KVCache
 from model.native.kernel import NativeDraft, NativeLinear, NativeTarget, StepTerm, load
-from model.native.tables import NativeCache, NativeTrie, same
+from model.native.tables import NativeCache, NativeTrie
 
 Tensor = torch.Tensor
 T = TypeVar("T", int, float)
@@ -161,6 +161,7 @@ class NativeRound:
         self._gates = [0.0 if term is None else term.constant for term in terms]
         self._rows: RowState | None = None
         self._state = _State()
+        self._rooms: dict[tuple[int, int], tuple[Any, Any, list[tuple[int, int]], _Report]] = {}
         self._plans: dict[tuple[int, bool], tuple[_Plan, object]] = {}
 
     def __call__(self, count: int, rows: RowState, table: TreeTable, forced: bool) -> tuple[RowGain, RoundCounts]:
@@ -169,17 +170,11 @@ class NativeRound:
         assert library is not None
         steps = table.rank.shape[1]
         held = self._held(count, rows, self._plan(table, forced))
-        # One piece of memory for all that comes back, and one look at it.
-        by_step, by_slot, decisions = (steps, steps), (self.levels, self.levels), count * (steps + 1)
-        sizes = (count, decisions, decisions, count, *by_step, *by_slot, self.levels * steps, self.levels * steps)
-        ends = list(accumulate(sizes))
-        told, score = (_number * ends[-1])(), (ctypes.c_float * decisions)()
-        first, last = ctypes.addressof(told), ctypes.addressof(score)
-        begins = [first + ctypes.sizeof(_number) * (end - size) for end, size in zip(ends, sizes, strict=True)]
-        report = _Report(*begins[:4], last, *begins[4:], 0, 0.0, 0.0)
+        told, score, bounds, report = self._room(count, steps)
+        ctypes.memset(told, 0, ctypes.sizeof(told))
         if library.padrec_round(*held, ctypes.byref(report), torch.get_num_threads()):
             raise IndexError("a token, node or position lies outside the model, the trie or the cache")
-        parts = [told[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        parts = [told[begin:end] for begin, end in bounds]
         accepted, lengths, leaves, drafted = parts[:4]
         gain = RowGain(accepted, _lines(score[:], count), _lines(leaves, count), _lines(lengths, count), drafted)
         counts = RoundCounts(
@@ -220,9 +215,22 @@ class NativeRound:
             raise IndexError("a token, row or position lies outside the model, the rows or the cache")
         return [First(score[i], told[count + i], told[i]) for i in range(count)]
 
+    def _room(self, count: int, steps: int) -> tuple[Any, Any, list[tuple[int, int]], _Report]:
+        """For what comes back of `count` rows: one piece of memory and where each part of it lies, used again and
+        again. Scores are no integers, and have their own."""
+        if (count, steps) not in self._rooms:
+            by_step, by_slot, decisions = (steps, steps), (self.levels, self.levels), count * (steps + 1)
+            sizes = (count, decisions, decisions, count, *by_step, *by_slot, self.levels * steps, self.levels * steps)
+            bounds = list(pairwise(accumulate(sizes, initial=0)))
+            told, score = (_number * bounds[-1][1])(), (ctypes.c_float * decisions)()
+            first, last = ctypes.addressof(told), ctypes.addressof(score)
+            begins = [first + ctypes.sizeof(_number) * begin for begin, _ in bounds]
+            self._rooms[count, steps] = (told, score, bounds, _Report(*begins[:4], last, *begins[4:], 0, 0.0, 0.0))
+        return self._rooms[count, steps]
+
     def _held(self, count: int, rows: RowState, plan: _Plan) -> tuple[Any, ...]:
         """What every call is given: both networks, `count` rows, what to do and both caches."""
-        if not same(rows, self._rows):
+        if rows is not self._rows:
             self._rows = rows
             self._state = _State(
                 count, rows.fresh_length.shape[1], rows.excluded.shape[1], *(tensor.data_ptr() for tensor in rows)

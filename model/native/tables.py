@@ -4,7 +4,6 @@ Knows pointers and shapes; nothing of rounds or beams.
 """
 
 import ctypes
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,11 +29,6 @@ class _Cache(ctypes.Structure):
         *((name, _number) for name in ("rows", "positions", "turns")),
         *((name, _pointer) for name in ("rotations", "data")),
     ]
-
-
-def same(tensors: Iterable[Tensor], others: Iterable[Tensor] | None) -> bool:
-    """Whether these are the very same tensors: what points at the ones points at the others."""
-    return others is not None and all(one is other for one, other in zip(tensors, others, strict=True))
 
 
 class NativeTrie:
