@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocabulary", required=True, help="the bundle's, as JSON")
     given = parser.parse_args(argv)
     child.die_with_parent()
-    os.nice(10)  # whoever writes lists goes first
+    os.nice(19)  # whoever writes lists goes first: an index can wait, a round cannot
     try:
         vocabulary = Vocabulary.from_dict(json.loads(given.vocabulary))
         asyncio.run(build(os.environ[REDIS_URL], given.version, vocabulary, given.folder))
