@@ -510,6 +510,7 @@ struct Round {
         const int64_t b = one.row;
         Choice choice;
         choose(t, s, b, 0, hidden, nullptr, nullptr, 0, 1, true, &choice);
+        out->leaf[i] = t->items;
         if (!choice.found) return;
         const Run run = step_into(0, &choice);
         out->length[i] = run.length, out->leaf[i] = run.leaf, out->score[i] = choice.score;
