@@ -154,7 +154,7 @@ def _api(flags: Flags) -> int:
 
     settings = _load(flags)
     log.configure_logging(settings.log_level, "api")
-    run_app(create_app, settings, freeze=True)
+    run_app(create_app, settings)
     return 0
 
 

@@ -7,7 +7,6 @@ skips the waiting.
 
 import asyncio
 import errno
-import gc
 import logging
 import socket
 from collections.abc import Callable
@@ -25,26 +24,16 @@ logger = logging.getLogger("padrec.process")
 class DrainingServer(uvicorn.Server):
     """uvicorn closes its listener on the first signal and dies of the signal; this one drains and exits 0."""
 
-    def __init__(self, config: uvicorn.Config, drain: Drain, settings: Settings, freeze: bool = False) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Drain, settings: Settings) -> None:
         super().__init__(config)
         self.drain = drain
         self.settings = settings
-        self.freeze = freeze
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.freeze:
-            # A full collection waits until what is new is a quarter of what is old: with a framework among the old,
-            # megabytes of garbage, and then it takes a tenth of a second. Without it, little of either.
-            gc.collect()
-            gc.freeze()
-            gc.collect()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.drain.unready or not self.started or self._loop is None:
@@ -71,11 +60,8 @@ def run_app(
     create: Callable[[Settings, Drain], FastAPI],
     settings: Settings,
     listener: socket.socket | None = None,
-    *,
-    freeze: bool = False,
 ) -> None:
-    """Serve until a signal. `listener`: an already listening socket, kept open by whoever made it. `freeze`: what is
-    there when it begins to serve lives as long as the process, and the garbage collector need not look at it."""
+    """Serve until a signal. `listener`: an already listening socket, kept open by whoever made it."""
     drain = Drain()
     config = uvicorn.Config(
         create(settings, drain),
@@ -92,7 +78,7 @@ def run_app(
         timeout_graceful_shutdown=max(1, round(settings.finish_seconds)),
     )
     sockets = [listener or bind(settings.host, settings.port)]
-    DrainingServer(config, drain, settings, freeze).run(sockets)
+    DrainingServer(config, drain, settings).run(sockets)
 
 
 def bind(host: str, port: int) -> socket.socket:

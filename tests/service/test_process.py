@@ -1,7 +1,6 @@
 """A process takes SIGTERM well: unready, still serving, then gone with status 0; taken ports are named."""
 
 import asyncio
-import gc
 import signal
 import socket
 import subprocess
@@ -98,21 +97,6 @@ async def test_draining_goes_through_its_stages(signals: int) -> None:
         assert (drain.unready, drain.refusing) == (True, False)
         await asyncio.wait_for(serving, 5)
     assert drain.refusing == (signals == 1)
-
-
-async def test_what_is_there_when_it_begins_to_serve_is_not_collected_again() -> None:
-    config = uvicorn.Config(FastAPI(), log_config=None, lifespan="on")
-    server = DrainingServer(config, Drain(), load_settings({"drain_seconds": 0, "finish_seconds": 0.1}), freeze=True)
-    before = gc.get_freeze_count()
-    with bind("127.0.0.1", 0) as listener:
-        serving = asyncio.create_task(server.serve([listener]))
-        try:
-            await until(lambda: server.started)
-            assert gc.get_freeze_count() > before + 1000
-        finally:
-            gc.unfreeze()
-            server.handle_exit(signal.SIGTERM, None)
-            await asyncio.wait_for(serving, 5)
 
 
 async def test_a_signal_before_it_serves_ends_it_at_once() -> None:
