@@ -2,8 +2,8 @@
 
 A Valkey, one API process and a stub worker (the worker's wire, no model: popular items after a fixed time) run on this
 machine; clients keep connections open and send their next request when the last is answered. Printed for rising
-concurrency: requests a second, percentiles, the API's processor time a request, and what answers say was spent inside
-the API. Clients, stub and Valkey take time from the same cores. Knows the two wires; no tensors.
+concurrency: requests a second, percentiles, the API's processor time a request, what answers say was spent inside the
+API, and its memory at the end. Clients, stub and Valkey take time from the same cores. Knows the two wires; no tensors.
 """
 
 import argparse
@@ -51,6 +51,7 @@ class Record:
     p99_ms: float
     api_added_p50_ms: float
     api_cpu_ms: float
+    api_memory_mib: float
     errors: int
 
 
@@ -130,6 +131,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def resident_mib(pid: int) -> float:
+    """Memory of a process (Linux)."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 async def load(
     port: int, requests: Sequence[bytes], concurrency: int, seconds: float
 ) -> list[tuple[float, int, bytes]]:
@@ -185,6 +192,7 @@ def measure(port: int, pid: int, requests: Sequence[bytes], concurrency: int, se
         p99_ms=percentile(totals, 99),
         api_added_p50_ms=percentile([t["total"] - t["worker"] for t in timings], 50),
         api_cpu_ms=round(1e3 * cpu / max(1, len(answers)), 3),
+        api_memory_mib=round(resident_mib(pid), 2),
         errors=sum(status != 200 for _, status, _ in answers),
     )
 
@@ -208,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         requests = encoded(load_histories(options.bundle, options.data))
         print(
-            f"{'clients':>7} {'requests':>9} {'req/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'in API p50':>11} {'CPU ms':>7}"
+            f"{'clients':>7} {'requests':>9} {'req/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'in API p50':>11} {'CPU ms':>7} "
+            f"{'MiB':>7}"
         )
         with running_api(options.bundle, options.worker_ms / 1e3) as (port, pid):
             for concurrency in options.concurrency:
@@ -216,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 records.append(r)
                 print(
                     f"{r.concurrency:7d} {r.requests:9d} {r.requests_per_second:8.1f} {r.p50_ms:8.1f} {r.p99_ms:8.1f} "
-                    f"{r.api_added_p50_ms:11.2f} {r.api_cpu_ms:7.2f}",
+                    f"{r.api_added_p50_ms:11.2f} {r.api_cpu_ms:7.2f} {r.api_memory_mib:7.2f}",
                     flush=True,
                 )
     except (ServiceFailed, OSError) as error:

@@ -824,8 +824,8 @@ def soak(drill: Drill) -> None:
         worker = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
         seconds = drill.soak_seconds
         rate = drill.rate / 2
-        # A fifth of the time for caches and pools to reach their size.
-        Load(service.url, drill.body, rate, max(3.0, seconds / 5)).result()
+        # Time for caches and pools to reach their size: an API process does so in its first twenty thousand requests.
+        Load(service.url, drill.body, drill.rate, max(3.0, seconds / 2)).result()
         files = {name: stack.open_files(pid) for name, pid in pids.items()}
         threads = {name: stack.threads(pid) for name, pid in pids.items()}
         load = Load(service.url, drill.body, rate, seconds)

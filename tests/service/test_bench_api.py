@@ -22,6 +22,7 @@ def test_an_api_process_answers_from_the_stub_and_its_own_time_is_counted(
         assert 1.0 <= record["p50_ms"] <= record["p99_ms"]
         assert 0 < record["api_added_p50_ms"] < record["p99_ms"]
         assert record["api_cpu_ms"] >= 0
+        assert record["api_memory_mib"] > 10
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
