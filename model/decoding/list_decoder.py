@@ -203,7 +203,8 @@ class ListDecoder:
             gain = told.gain
             self._account_first(indices, told.scores.tolist(), gain.leaf.tolist(), gain.length.tolist())
             return
-        if self.native is not None and self.record is None:
+        # A draft that is no network reads nothing, and a round in tensors wants to be told what it has not read.
+        if self.native is not None and self.record is None and (self.draft is None or self.native.drafts):
             self._read_natively(self.native, indices, size)
             return
         pieces, start = [row.unread[:size] for row in held], held[0].position
@@ -247,7 +248,7 @@ class ListDecoder:
         for index in indices:
             row = self.rows.row(index)
             piece, ends = row.unread[:size], len(row.unread) <= size
-            if row.drafts and row.feature is None and native.drafts:
+            if row.drafts and row.feature is None and self.draft is not None:
                 row.feature = torch.empty(1, 1, self.target.hidden_size)
             draftable = row.wanted if row.drafts and self.draft is not None else 0
             prompts.append(Prompt(index, row.position, piece, ends, draftable, row.feature))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from model.config import AlignmentConfig
 from model.decoding.beam_choice import Beams
-from model.decoding.beam_draft import HeadDraft, Search
+from model.decoding.beam_draft import HeadDraft, Lot, Search
 from model.decoding.beam_tree import BeamTree
 from model.decoding.plain import PlainTwin
 from model.draft.draft import Draft
@@ -162,13 +162,15 @@ def test_the_head_is_trained_on_what_it_says_when_it_serves(
     length = batch.length[:1]
     prompt = batch.tokens[:1, : int(length)]
     output = model(input_ids=prompt, output_hidden_states=True)
-    features = tuple(output.hidden_states[layer + 1] for layer in made.shape.feature_layers)
+    features = [[output.hidden_states[layer + 1][0] for layer in made.shape.feature_layers]]
     may = Availability(trie.passing()[None], torch.zeros(1, dtype=torch.int64), torch.tensor([[trie.num_items]]))
     roots = trie.children(torch.zeros(1, 1, dtype=torch.int64), may)
     first = roots.nodes[0][roots.available[0] > 0].unique()[None]
     draft = HeadDraft(Draft(made, target.embedding, trie.vocabulary), target, tree, 1, 40, 200)
     start = Beams(first, torch.zeros(first.shape))
-    found = draft.search(Search(prompt, length, may, start, 1, [200], [None]), trie.num_levels - 1, features)
+    # A relaxed row says what it thought of every continuation, and draws them all where there are fewer than its width.
+    search = Search(prompt, length, may, start, 1, [200], [Lot(0, replacement=False)])
+    [found] = draft.search(search, trie.num_levels - 1, features)
     compared = 0
     for n, codes in enumerate(batch.codes.tolist()):
         node = trie.first_leaf + trie.leaf(tuple(codes))
@@ -177,10 +179,8 @@ def test_the_head_is_trained_on_what_it_says_when_it_serves(
             path.append(int(tree.parent[path[-1]]))
         path = path[::-1]
         score = 0.0
-        for step, level in enumerate(found):
-            parent = level.parents[0].tolist().index(path[1 + step])
-            children = trie.children(torch.tensor([[path[1 + step]]]), may).nodes[0, 0].tolist()
-            served = float(level.joint[0, parent, children.index(path[2 + step])])
+        for step, level in enumerate(found.levels):
+            served = float(level.joint[level.nodes.tolist().index(path[2 + step])])
             column = int(target.head_columns[1 + step]) + codes[1 + step]
             assert served - score == pytest.approx(float(trained[n, step, column]), abs=1e-3)
             score, compared = served, compared + 1
