@@ -21,6 +21,7 @@ import torch
 
 from model.bench.plot import Panel, figure
 from model.bundle import Bundle, BundleError, load_bundle
+from model.data.batches import padded_tokens
 from model.data.histories import Case, histories
 from model.data.movielens import DataError, read_movielens
 from model.decoding.budget import measured_budget
@@ -127,10 +128,9 @@ class Bound:
         return found
 
     def _read(self, tokens: Sequence[list[int]], begins: list[int]) -> torch.Tensor:
-        device, longest = self.target.device, max(map(len, tokens))
-        padded = torch.tensor([each + [0] * (longest - len(each)) for each in tokens], device=device)
+        device, padded = self.target.device, padded_tokens(tokens).to(self.target.device)
         length, start = torch.tensor([len(each) for each in tokens], device=device), torch.tensor(begins, device=device)
-        order, rows = torch.arange(longest, device=device), torch.arange(len(tokens), device=device)[:, None]
+        order, rows = torch.arange(padded.shape[1], device=device), torch.arange(len(tokens), device=device)[:, None]
         positions = start[:, None] + order
         at = Write(rows, positions, 0, begins[0] if len(tokens) == 1 else None)
         at = at if len(tokens) == 1 else at.without(order >= length[:, None])

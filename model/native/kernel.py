@@ -277,6 +277,16 @@ class StepTerm(NamedTuple):
     constant: float
 
 
+def step_arrays(terms: Sequence[StepTerm | None], steps: int) -> tuple[Any, Any, Any]:
+    """What `steps` draft steps add, as the compiled functions take it: embeddings, contexts and constants, one a step.
+    After the last of the `terms` that one is repeated; without any, nothing is added."""
+    of = [terms[min(step, len(terms) - 1)] if terms else None for step in range(steps)]
+    embeddings = (None if term is None else term.embedding.data_ptr() for term in of)
+    contexts = (None if term is None or term.context is None else term.context.data_ptr() for term in of)
+    gates = (0.0 if term is None else term.constant for term in of)
+    return (_pointer * steps)(*embeddings), (_pointer * steps)(*contexts), (ctypes.c_float * steps)(*gates)
+
+
 class NativeDraft:
     """A draft's layer over a row KV cache of one layer."""
 

@@ -17,7 +17,7 @@ import torch
 
 from model.item_trie import ItemTrie
 from model.kv_cache import KVCache
-from model.native.kernel import NativeDraft, NativeLinear, NativeTarget, StepTerm, load
+from model.native.kernel import NativeDraft, NativeLinear, NativeTarget, StepTerm, load, step_arrays
 from model.native.tables import NativeCache, NativeTrie
 
 Tensor = torch.Tensor
@@ -153,12 +153,9 @@ class NativeRound:
         self.levels, self._target, self._draft = trie.num_levels, target, draft
         self._cache = NativeCache(*cache)
         self._draft_cache = None if draft is None else NativeCache(draft[1], draft[2])
-        terms = [] if draft is None else draft[3]
+        self._terms = [] if draft is None else draft[3]
         layers = () if draft is None else draft[5]
         self._layers = (_number * len(layers))(*layers)
-        self._pointers = [None if term is None else term.embedding.data_ptr() for term in terms]
-        self._contexts = [None if term is None or term.context is None else term.context.data_ptr() for term in terms]
-        self._gates = [0.0 if term is None else term.constant for term in terms]
         self._rows: RowState | None = None
         self._state = _State()
         self._rooms: dict[tuple[int, int], tuple[Any, Any, list[tuple[int, int]], _Report]] = {}
@@ -244,13 +241,7 @@ class NativeRound:
         key = (id(table), forced)  # kept with the plan: an id is not given out again
         if key not in self._plans:
             _, steps, width = table.rank.shape
-            last = len(self._gates) - 1
-            at = [min(step, last) for step in range(steps)] if self._gates else []
-            arrays = (
-                (_pointer * steps)(*(self._pointers[i] for i in at)),
-                (_pointer * steps)(*(self._contexts[i] for i in at)),
-                (ctypes.c_float * steps)(*(self._gates[i] for i in at)),
-            )
+            arrays = step_arrays(self._terms, steps)
             plan = _Plan(
                 steps,
                 width,

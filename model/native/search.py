@@ -15,7 +15,7 @@ import torch
 
 from model.item_trie import ItemTrie
 from model.native.beams import BeamState, Drafted, Guess, NativeRows
-from model.native.kernel import NativeDraft, NativeLinear, NativeTarget, StepTerm, load
+from model.native.kernel import NativeDraft, NativeLinear, NativeTarget, StepTerm, load, step_arrays
 from model.native.tables import NativeCache, NativeTrie
 
 Tensor = torch.Tensor
@@ -44,7 +44,7 @@ class Searching(NamedTuple):
     network: NativeDraft | NativeTarget
     cache: NativeCache
     head: NativeLinear
-    terms: Sequence[StepTerm | None] = (None,)
+    terms: Sequence[StepTerm | None] = ()
     fuse: Tensor | None = None
 
 
@@ -62,6 +62,7 @@ class NativeSearch:
     def __init__(self, trie: ItemTrie, rows: NativeRows, widest: Sequence[int], own: Searching) -> None:
         """`widest`: children of a node at most, by depth."""
         self._trie, self._rows, self._widest, self._own = NativeTrie(trie, own.head), rows, tuple(widest), own
+        self._steps: dict[int, tuple[Any, Any, Any]] = {}
 
     def __call__(self, asked: Sequence[SearchAsked], state: BeamState, level: int, levels: int) -> list[Guess]:
         """Search `levels` levels from `level` on."""
@@ -77,12 +78,8 @@ class NativeSearch:
             ask.extend((0, 0, 0) if one.seed is None else (1, int(one.replacement), one.seed))
             prompts.extend(one.prompt)
             features.extend(layer.data_ptr() for layer in one.features)
-        terms = [self._own.terms[min(step, len(self._own.terms) - 1)] for step in range(levels)]
-        steps = (_pointer * levels)(*(None if term is None else term.embedding.data_ptr() for term in terms))
-        contexts = (_pointer * levels)(
-            *(None if term is None or term.context is None else term.context.data_ptr() for term in terms)
-        )
-        gates = (ctypes.c_float * levels)(*(0.0 if term is None else term.constant for term in terms))
+        if levels not in self._steps:
+            self._steps[levels] = step_arrays(self._own.terms, levels)
         draws, count = torch.empty(2, len(asked), levels, dtype=torch.int64)
         drawn = torch.empty(len(asked), levels * most, dtype=torch.int64)
         nodes = torch.empty(len(asked), levels, room, dtype=torch.int64)
@@ -95,7 +92,7 @@ class NativeSearch:
             room,
             len(asked[0].features),
             *(part.buffer_info()[0] for part in (ask, prompts, features)),
-            *(ctypes.addressof(part) for part in (steps, contexts, gates)),
+            *map(ctypes.addressof, self._steps[levels]),
             None if self._own.fuse is None else self._own.fuse.data_ptr(),
             *(part.data_ptr() for part in (draws, drawn, count, nodes, joint)),
         )

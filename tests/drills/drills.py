@@ -28,6 +28,7 @@ import httpx
 import redis
 
 from service import child
+from service.bench_api import resident_mib
 from service.bench_serve import load_histories
 from service.movielens import DATA
 from tests.drills import stack
@@ -281,7 +282,7 @@ def overload(drill: Drill) -> None:
 
         capacity = asyncio.run(_capacity(service.url, drill, 5 * drill.scale))
         before = Load(service.url, body, capacity * 0.3, 5 * drill.scale).result()
-        memory = sum(map(stack.resident, pids))
+        memory = sum(map(resident_mib, pids))
         seconds = 60 * drill.scale
         load = Load(service.url, body, capacity * 10, seconds)
         answers = load.result()
@@ -293,7 +294,7 @@ def overload(drill: Drill) -> None:
         drill.at_most("p99 of refusals", quantile(refused, 0.99) * 1000 if refused else 0.0, 20, " ms", timed=True)
         silent = sum(a.status == 503 and not a.retry_after for a in answers.all)
         drill.equal("refusals without Retry-After", silent, 0)
-        drill.at_most("memory grown", sum(map(stack.resident, pids)) - memory, 50, " MiB")
+        drill.at_most("memory grown", sum(map(resident_mib, pids)) - memory, 50, " MiB")
         time.sleep(5)
         after = Load(service.url, body, capacity * 0.3, 5 * drill.scale).result()
         drill.judge(after)
@@ -524,7 +525,7 @@ def disconnects(drill: Drill) -> None:
         count = round(1000 * drill.scale)
         answered = asyncio.run(_half_leave(api.url, stays, leaves, count, drill.rate))
         stack.wait(lambda: _rows(api.url, worker.url) == 0, 10)
-        memory = stack.resident(api.pid) + stack.resident(worker.pid)
+        memory = resident_mib(api.pid) + resident_mib(worker.pid)
         files, before = stack.open_files(api.pid), _work(worker.url)
         answered += asyncio.run(_half_leave(api.url, stays, leaves, count, drill.rate))
         drill.at_most("rows back to 0 in", stack.wait(lambda: _rows(api.url, worker.url) == 0, 10), 2, " s")
@@ -539,7 +540,7 @@ def disconnects(drill: Drill) -> None:
         )
         drill.at_most(
             f"memory grown after {count} more",
-            stack.resident(api.pid) + stack.resident(worker.pid) - memory,
+            resident_mib(api.pid) + resident_mib(worker.pid) - memory,
             20,
             " MiB",
         )
@@ -832,7 +833,7 @@ def soak(drill: Drill) -> None:
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in pids}
         while load.running:
             for name, pid in pids.items():
-                samples[name].append((time.monotonic(), stack.resident(pid)))
+                samples[name].append((time.monotonic(), resident_mib(pid)))
             time.sleep(min(1.0, seconds / 30))
         drill.judge(load.result())
         for name, pid in pids.items():

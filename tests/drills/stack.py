@@ -161,12 +161,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def resident(pid: int) -> float:
-    """Resident memory in MiB."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
