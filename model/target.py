@@ -73,7 +73,8 @@ class Target:
                     for o, n in zip(vocabulary.level_offsets, vocabulary.codebook_sizes, strict=True)
                 ]
             )
-            head = model.lm_head.weight[tokens.to(device)]
+            # In full precision whatever the layers' is: half of it would make ties of near-ties.
+            head = model.lm_head.weight[tokens.to(device)].float()
             self.head: PackedLinear | kernel.NativeLinear
             self.layers: list[Layer] = []
             self.native: kernel.NativeTarget | None = None
@@ -83,8 +84,7 @@ class Target:
                 self.head = kernel.NativeLinear(head)
             else:
                 self.layers = [Layer(layer, *heads, config.rms_norm_eps) for layer in weights]
-                # In full precision whatever the layers' is: half of it would make ties of near-ties.
-                self.head = PackedLinear(head.float())
+                self.head = PackedLinear(head)
             self._rotary = body.rotary_emb
         sizes = [0, *vocabulary.codebook_sizes]
         self.num_item_tokens = sum(vocabulary.codebook_sizes)
@@ -127,9 +127,8 @@ class Target:
         """Raises CheckpointError when the rows would be longer than a sliding attention window."""
         if self.window is not None and num_positions > self.window:
             raise CheckpointError(f"rows of {num_positions} tokens exceed the sliding window of {self.window}")
-        return KVCache(
-            self.num_layers, num_rows, num_positions, self.num_kv_heads, self.head_size, self.device, self.dtype
-        )
+        dtype = self.dtype if self.native is None else torch.float32
+        return KVCache(self.num_layers, num_rows, num_positions, self.num_kv_heads, self.head_size, self.device, dtype)
 
     def __call__(
         self,

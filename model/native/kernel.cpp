@@ -144,15 +144,19 @@ static std::vector<int64_t> in_parts(const Pass *p, const int64_t *asked, int64_
     return part;
 }
 
-extern "C" {
+INLINE void embed(const Model *m, int64_t token, float *x, float) {
+    memcpy(x, (const float *)m->embedding + token * m->size, m->size * sizeof(float));
+}
+INLINE void embed(const Model *m, int64_t token, float *x, pair) {
+    const uint16_t *own = (const uint16_t *)m->embedding + token * m->size;
+    for (int64_t i = 0; i < m->size; i++) {
+        const uint32_t bits = (uint32_t)own[i] << 16;
+        memcpy(x + i, &bits, sizeof bits);
+    }
+}
 
-/* `hidden` [asking, size] after the last norm; the outputs [n, size] of `feature_layers`, the last layer's replaced by
- * what would be `hidden` (all must be asked then). Returns 1, having done nothing, when a number points outside the cache or a table. */
-int padrec_pass(const Model *m, const Pass *p, int threads) {
-    if (impossible(p, p->tokens, m->vocabulary)) return 1;
-    if (p->asked && outside(p->asked, p->asking, p->tokens)) return 1;
-    for (int64_t f = 0; p->asked && f < p->num_features; f++)
-        if (p->feature_layers[f] == m->layers - 1) return 1;
+/* A pass over layers whose matrices are of `Weight`; nothing points outside. */
+template <class Weight> static void pass(const Model *m, const Pass *p, int threads) {
     const int64_t n = p->tokens, d = m->size, s = m->head_size, q = m->heads, g = m->kv_heads;
     const int64_t width = (q + 2 * g) * s, wide = padded(width, PANEL), mix = q * s, feed = padded(m->feed, PANEL / 2);
     const int64_t per_row = g * p->positions * s, per_kind = p->rows * per_row;
@@ -167,13 +171,13 @@ int padrec_pass(const Model *m, const Pass *p, int threads) {
         const std::vector<int64_t> *part = &all;
         const int64_t *asked = 0;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < n; t++) memcpy(x + t * d, m->embedding + p->token[t] * d, d * sizeof(float));
+        for (int64_t t = 0; t < n; t++) embed(m, p->token[t], x + t * d, Weight{});
         for (int64_t l = 0; l < m->layers; l++) {
             const Layer *w = m->layer + l;
             float *keys = p->cache + l * 2 * per_kind, *values = keys + per_kind;
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < n; t++) unit(x + t * d, y + t * d, d, m->norm_floor, 0);
-            linear<STORE>(y, d, w->qkv, d, qkv, wide, width, w->qkv_bias, n);
+            linear<STORE>(y, d, (const Weight *)w->qkv, d, qkv, wide, width, w->qkv_bias, n);
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < n; t++) {
                 float *own = qkv + t * wide;
@@ -203,11 +207,11 @@ int padrec_pass(const Model *m, const Pass *p, int threads) {
                     attend(qkv + t * wide + i * s, keys + from, values + from, s, p->committed[t],
                            p->seen + t * p->stride, p->seeing[t], score, mixed + a * mix + i * s);
                 }
-            linear<ADD>(mixed, mix, w->output, mix, own_x, d, d, w->output_bias, count);
+            linear<ADD>(mixed, mix, (const Weight *)w->output, mix, own_x, d, d, w->output_bias, count);
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < count; t++) unit(own_x + t * d, own_y + t * d, d, m->norm_floor, 0);
-            linear<GATE>(own_y, d, w->gate_up, d, h, feed, 2 * feed, 0, count);
-            linear<ADD>(h, feed, w->down, m->feed, own_x, d, d, 0, count);
+            linear<GATE>(own_y, d, (const Weight *)w->gate_up, d, h, feed, 2 * feed, 0, count);
+            linear<ADD>(h, feed, (const Weight *)w->down, m->feed, own_x, d, d, 0, count);
             for (int64_t f = 0; f < p->num_features; f++)
                 if (p->feature_layers[f] == l && l < m->layers - 1) {
 #pragma omp for schedule(static)
@@ -222,6 +226,18 @@ int padrec_pass(const Model *m, const Pass *p, int threads) {
                     memcpy(p->features[f] + t * d, p->hidden + t * d, d * sizeof(float));
         }
     }
+}
+
+extern "C" {
+
+/* `hidden` [asking, size] after the last norm; the outputs [n, size] of `feature_layers`, the last layer's replaced by
+ * what would be `hidden` (all must be asked then). Returns 1, having done nothing, when a number points outside the cache or a table. */
+int padrec_pass(const Model *m, const Pass *p, int threads) {
+    if (impossible(p, p->tokens, m->vocabulary)) return 1;
+    if (p->asked && outside(p->asked, p->asking, p->tokens)) return 1;
+    for (int64_t f = 0; p->asked && f < p->num_features; f++)
+        if (p->feature_layers[f] == m->layers - 1) return 1;
+    m->paired ? pass<pair>(m, p, threads) : pass<float>(m, p, threads);
     return 0;
 }
 
@@ -283,10 +299,11 @@ int padrec_read(const Draft *m, const Reading *p, int threads) {
     return 0;
 }
 
-/* y [n, out] = x [n, in] times packed w, plus bias (may be null). */
-void padrec_linear(const float *x, const float *w, const float *bias, float *y, int64_t n, int64_t in, int64_t out,
-                   int threads) {
+/* y [n, out] = x [n, in] times packed w, of floats or of pairs, plus bias (may be null). */
+void padrec_linear(const float *x, const void *w, const float *bias, float *y, int64_t n, int64_t in, int64_t out,
+                   int64_t paired, int threads) {
 #pragma omp parallel num_threads(threads)
-    linear<STORE>(x, in, w, in, y, out, out, bias, n);
+    if (paired) linear<STORE>(x, in, (const pair *)w, in, y, out, out, bias, n);
+    else linear<STORE>(x, in, (const float *)w, in, y, out, out, bias, n);
 }
 }

@@ -74,6 +74,7 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("vocabulary", "layers", "size", "heads", "kv_heads", "head_size", "feed")),
+        ("paired", _number),
         *((name, ctypes.c_float) for name in ("norm_floor", "head_floor")),
         *((name, _pointer) for name in ("layer", "embedding", "norm_scale")),
     ]
@@ -110,9 +111,14 @@ class _Reading(ctypes.Structure):
 
 @cache
 def load() -> Any | None:
-    """The compiled library, or None."""
-    variant = VARIANTS.get(torch.backends.cpu.get_cpu_capability())
-    found = sorted(Path(__file__).parent.glob(f"_kernel_{variant}*.so"))
+    """The library compiled for this processor, or None."""
+    level = VARIANTS.get(torch.backends.cpu.get_cpu_capability())
+    return None if level is None else opened(level)
+
+
+def opened(level: str) -> Any | None:
+    """The library compiled for an x86-64 level, or None."""
+    found = sorted(Path(__file__).parent.glob(f"_kernel_{level}*.so"))
     if not found:
         return None
     library = ctypes.CDLL(str(found[0]))
@@ -122,36 +128,37 @@ def load() -> Any | None:
     library.padrec_prompts.argtypes = [_pointer] * 9 + [ctypes.c_int]
     library.padrec_beams.argtypes = [_pointer] * 6 + [ctypes.c_int]
     library.padrec_search.argtypes = [_pointer] * 7 + [ctypes.c_int]
-    library.padrec_linear.argtypes = [_pointer] * 4 + [_number] * 3 + [ctypes.c_int]
+    library.padrec_linear.argtypes = [_pointer] * 4 + [_number] * 4 + [ctypes.c_int]
     return library
 
 
 def fits(size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel is there and can run such a model."""
+    """Whether the kernel is there and can run a model of such weights."""
     whole = size % 16 == 0 and head_size in HEAD_SIZES
-    return whole and dtype == torch.float32 and device.type == "cpu" and load() is not None
+    return whole and dtype in (torch.float32, torch.bfloat16) and device.type == "cpu" and load() is not None
 
 
 def pack(weight: Tensor) -> Tensor:
-    """[out, in] to panels [ceil(out / PANEL), in, PANEL], zeros behind the last row."""
-    return _padded(weight, PANEL).view(-1, PANEL, weight.shape[1]).transpose(1, 2).contiguous()
+    """[out, in] to panels [ceil(out / PANEL), in, PANEL], zeros behind the last row; of bf16 in / 2 (rounded up) by
+    PANEL by 2."""
+    return _columns(_padded(weight, PANEL).view(-1, PANEL, weight.shape[1]))
 
 
 def pack_gated(gate_up: Tensor) -> Tensor:
-    """[2 f, in] to panels of PANEL / 2 gates and the PANEL / 2 values they act on."""
+    """[2 f, in] to panels, as `pack` does, of PANEL / 2 gates and the PANEL / 2 values they act on."""
     half, columns = PANEL // 2, gate_up.shape[1]
-    parts = [_padded(part, half).view(-1, half, columns) for part in gate_up.chunk(2)]
-    return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
+    return _columns(torch.cat([_padded(part, half).view(-1, half, columns) for part in gate_up.chunk(2)], dim=1))
 
 
 class NativeLinear:
-    """`x @ weight.T (+ bias)` whose rows do not depend on their company, to the last bit."""
+    """`x @ weight.T (+ bias)` whose rows do not depend on their company, to the last bit. By a bf16 `weight` x is
+    rounded to bf16, too; sums and answers are fp32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight.detach()
         self.out, self.columns = weight.shape
         self.packed = pack(self.weight)
-        self.bias = None if bias is None else _padded(bias, PANEL)
+        self.bias = None if bias is None else _padded(bias.float(), PANEL)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [m, in] float32."""
@@ -159,13 +166,15 @@ class NativeLinear:
         assert library is not None
         out = torch.empty(x.shape[0], self.out)
         bias = None if self.bias is None else self.bias.data_ptr()
-        sizes = (x.shape[0], self.columns, self.out, torch.get_num_threads())
-        library.padrec_linear(x.data_ptr(), self.packed.data_ptr(), bias, out.data_ptr(), *sizes)
+        sizes = (x.shape[0], self.columns, self.out, int(self.weight.dtype == torch.bfloat16))
+        tensors = (x.data_ptr(), self.packed.data_ptr(), bias, out.data_ptr())
+        library.padrec_linear(*tensors, *sizes, torch.get_num_threads())
         return out
 
 
 class NativeTarget:
-    """The layers of a target, and its last norm."""
+    """The layers of a target, and its last norm. Where the weights are bf16, a matrix and what it is multiplied by are
+    bf16; sums, norms, attention and the cache are fp32."""
 
     def __init__(
         self,
@@ -177,7 +186,7 @@ class NativeTarget:
     ) -> None:
         """`heads`: H, G, s; `floors`: the epsilons of the norms over d and over s (see `model.layer.UnitNorm`)."""
         self.size = embedding.shape[1]
-        self._kept: list[Tensor] = [embedding.contiguous(), norm_scale.contiguous()]
+        self._kept: list[Tensor] = [embedding.contiguous(), norm_scale.float().contiguous()]
         packed = (_Layer * len(layers))(*(self._packed(layer) for layer in layers))
         self._layers = packed
         feed = layers[0].down.shape[1]
@@ -187,6 +196,7 @@ class NativeTarget:
             self.size,
             *heads,
             feed,
+            int(layers[0].qkv.dtype == torch.bfloat16),
             *floors,
             ctypes.addressof(packed),
             self._kept[0].data_ptr(),
@@ -244,10 +254,10 @@ class NativeTarget:
     def _packed(self, layer: LayerWeights) -> _Layer:
         tensors = LayerWeights(
             pack(layer.qkv),
-            None if layer.qkv_bias is None else _padded(layer.qkv_bias, PANEL),
-            None if layer.qk_scale is None else layer.qk_scale.contiguous(),
+            None if layer.qkv_bias is None else _padded(layer.qkv_bias.float(), PANEL),
+            None if layer.qk_scale is None else layer.qk_scale.float().contiguous(),
             pack(layer.output),
-            None if layer.output_bias is None else _padded(layer.output_bias, PANEL),
+            None if layer.output_bias is None else _padded(layer.output_bias.float(), PANEL),
             pack_gated(layer.gate_up),
             pack(layer.down),
         )
@@ -357,9 +367,16 @@ def _ready(places: Places) -> list[Tensor]:
 
 def _padded(rows: Tensor, multiple: int) -> Tensor:
     """`rows` with zeros behind them up to a multiple."""
-    padded = torch.zeros(-(-len(rows) // multiple) * multiple, *rows.shape[1:])
+    padded = rows.new_zeros(-(-len(rows) // multiple) * multiple, *rows.shape[1:])
     padded[: len(rows)] = rows
     return padded
+
+
+def _columns(panels: Tensor) -> Tensor:
+    """Panels [p, PANEL, in] as the kernel reads them: input by input, of bf16 two by two."""
+    if panels.dtype == torch.bfloat16:
+        panels = torch.nn.functional.pad(panels, (0, panels.shape[2] % 2)).unflatten(2, (-1, 2))
+    return panels.transpose(1, 2).contiguous()
 
 
 def _lines(own: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,17 @@
 /* What the compiled code shares: sixteen floats at a time, packed weights, and the shapes of a pass and a reading.
  *
- * fp32. Weights are packed in panels of PANEL output columns: panel p holds w[p * PANEL + c][k] at [k][c].
+ * Weights are packed in panels of PANEL output columns: panel p holds w[p * PANEL + c][k] at [k][c]. They are fp32, or
+ * bf16 two by two (see `pair`); whatever is not a weight is fp32, and bf16 only where it meets a bf16 weight.
  */
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <omp.h>
+#include <type_traits>
 #include <vector>
 
 #define PANEL 64
@@ -17,15 +22,25 @@
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
 
+/* Two neighbouring inputs as bf16, the first in the low half. Of a weight: at [k / 2][c], a zero behind an odd last one. */
+typedef uint32_t pair;
+
+/* The matrices are of floats or of pairs. */
 struct Layer {
-    const float *qkv, *qkv_bias, *qk_scale, *output, *output_bias, *gate_up, *down;
+    const void *qkv;
+    const float *qkv_bias, *qk_scale;
+    const void *output;
+    const float *output_bias;
+    const void *gate_up, *down;
 };
 
+/* `paired`: whether the layers' matrices are of pairs, and the embedding of bf16. */
 struct Model {
-    int64_t vocabulary, layers, size, heads, kv_heads, head_size, feed;
+    int64_t vocabulary, layers, size, heads, kv_heads, head_size, feed, paired;
     float norm_floor, head_floor;
     const Layer *layer;
-    const float *embedding, *norm_scale;
+    const void *embedding;
+    const float *norm_scale;
 };
 
 /* Tokens of one pass over a cache of `rows` rows of `positions`. Hidden states are wanted of the `asking` ones `asked`,
@@ -98,26 +113,9 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return sum16(s);
 }
 
-/* `count` rows of x [., in] times one panel of w; `mode` says what becomes of the `columns` results. */
+/* What becomes of `count` rows of a panel's results, of which `columns` are wanted. */
 template <Mode mode, int count>
-INLINE void panel_rows(const float *x, int64_t ldx, const float *w, int64_t in, float *y, int64_t ldy, int64_t columns,
-                       const float *bias) {
-    v16 acc[count][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < count; r++)
-        for (int c = 0; c < 4; c++) acc[r][c] = v16{};
-    for (int64_t k = 0; k < in; k++, w += PANEL) {
-        for (int c = 0; c < 4; c++) __builtin_prefetch(w + AHEAD * PANEL + 16 * c); /* arithmetic hides the way from L3 */
-        v16 w0 = load(w), w1 = load(w + 16), w2 = load(w + 32), w3 = load(w + 48);
-#pragma GCC unroll 6
-        for (int r = 0; r < count; r++) {
-            v16 a = splat(x[r * ldx + k]);
-            acc[r][0] += a * w0;
-            acc[r][1] += a * w1;
-            acc[r][2] += a * w2;
-            acc[r][3] += a * w3;
-        }
-    }
+INLINE void finish(v16 (&acc)[count][4], float *y, int64_t ldy, int64_t columns, const float *bias) {
 #pragma GCC unroll 6
     for (int r = 0; r < count; r++) {
         float *out = y + r * ldy;
@@ -140,25 +138,142 @@ INLINE void panel_rows(const float *x, int64_t ldx, const float *w, int64_t in, 
     }
 }
 
+/* `count` rows of x [., depth] times one panel of w. */
+template <Mode mode, int count>
+INLINE void panel_rows(const float *x, int64_t ldx, const float *w, int64_t depth, float *y, int64_t ldy,
+                       int64_t columns, const float *bias) {
+    v16 acc[count][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++)
+        for (int c = 0; c < 4; c++) acc[r][c] = v16{};
+    for (int64_t k = 0; k < depth; k++, w += PANEL) {
+        for (int c = 0; c < 4; c++) __builtin_prefetch(w + AHEAD * PANEL + 16 * c); /* arithmetic hides the way from L3 */
+        v16 w0 = load(w), w1 = load(w + 16), w2 = load(w + 32), w3 = load(w + 48);
+#pragma GCC unroll 6
+        for (int r = 0; r < count; r++) {
+            v16 a = splat(x[r * ldx + k]);
+            acc[r][0] += a * w0;
+            acc[r][1] += a * w1;
+            acc[r][2] += a * w2;
+            acc[r][3] += a * w3;
+        }
+    }
+    finish<mode, count>(acc, y, ldy, columns, bias);
+}
+
+INLINE v16 first_of(i16 pairs) { return (v16)(pairs << 16); }
+INLINE v16 second_of(i16 pairs) { return (v16)(pairs & (int32_t)0xffff0000); }
+
+/* The same of pairs: two products at a time, unpacked. */
+template <Mode mode, int count>
+static void unpacked_rows(const pair *x, int64_t ldx, const pair *w, int64_t depth, float *y, int64_t ldy,
+                          int64_t columns, const float *bias) {
+    v16 acc[count][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++)
+        for (int c = 0; c < 4; c++) acc[r][c] = v16{};
+    for (int64_t k = 0; k < depth; k++, w += PANEL) {
+        for (int c = 0; c < 4; c++) __builtin_prefetch(w + AHEAD * PANEL + 16 * c);
+        for (int c = 0; c < 4; c++) {
+            const i16 both = *(const i16 *)(w + 16 * c);
+            const v16 first = first_of(both), second = second_of(both);
+#pragma GCC unroll 6
+            for (int r = 0; r < count; r++) {
+                const i16 own = (int32_t)x[r * ldx + k] - i16{};
+                acc[r][c] += first_of(own) * first;
+                acc[r][c] += second_of(own) * second;
+            }
+        }
+    }
+    finish<mode, count>(acc, y, ldy, columns, bias);
+}
+
+#ifdef __AVX512F__
+/* The same by the processor's own product of pairs. */
+template <Mode mode, int count>
+__attribute__((target("avx512bf16"))) static void dotted_rows(const pair *x, int64_t ldx, const pair *w, int64_t depth,
+                                                              float *y, int64_t ldy, int64_t columns, const float *bias) {
+    v16 acc[count][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++)
+        for (int c = 0; c < 4; c++) acc[r][c] = v16{};
+    for (int64_t k = 0; k < depth; k++, w += PANEL) {
+        for (int c = 0; c < 4; c++) __builtin_prefetch(w + AHEAD * PANEL + 16 * c);
+        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 16);
+        const __m512bh w2 = (__m512bh)_mm512_loadu_si512(w + 32), w3 = (__m512bh)_mm512_loadu_si512(w + 48);
+#pragma GCC unroll 6
+        for (int r = 0; r < count; r++) {
+            const __m512bh a = (__m512bh)_mm512_set1_epi32(x[r * ldx + k]);
+            acc[r][0] = (v16)_mm512_dpbf16_ps((__m512)acc[r][0], a, w0);
+            acc[r][1] = (v16)_mm512_dpbf16_ps((__m512)acc[r][1], a, w1);
+            acc[r][2] = (v16)_mm512_dpbf16_ps((__m512)acc[r][2], a, w2);
+            acc[r][3] = (v16)_mm512_dpbf16_ps((__m512)acc[r][3], a, w3);
+        }
+    }
+    finish<mode, count>(acc, y, ldy, columns, bias);
+}
+
+static const bool has_products_of_pairs = __builtin_cpu_supports("avx512bf16");
+#endif
+
+template <Mode mode, int count>
+INLINE void panel_rows(const pair *x, int64_t ldx, const pair *w, int64_t depth, float *y, int64_t ldy, int64_t columns,
+                       const float *bias) {
+#ifdef __AVX512F__
+    if (has_products_of_pairs) return dotted_rows<mode, count>(x, ldx, w, depth, y, ldy, columns, bias);
+#endif
+    unpacked_rows<mode, count>(x, ldx, w, depth, y, ldy, columns, bias);
+}
+
+/* The nearest bf16 of finite x, ties to even. */
+INLINE uint16_t rounded(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* x [rows, in] as pairs [rows, (in + 1) / 2]; overwritten by the calling thread's next. */
+static const pair *as_pairs(const float *x, int64_t ldx, int64_t in, int64_t rows) {
+    static thread_local std::vector<pair> kept;
+    const int64_t depth = (in + 1) / 2;
+    if ((int64_t)kept.size() < rows * depth) kept.resize(rows * depth);
+    for (int64_t r = 0; r < rows; r++) {
+        uint16_t *out = (uint16_t *)(kept.data() + r * depth);
+        for (int64_t k = 0; k < in; k++) out[k] = rounded(x[r * ldx + k]);
+        if (in % 2) out[in] = 0;
+    }
+    return kept.data();
+}
+
 /* y [n, out] (or its sum with y, or the gated product of it) of x [n, in]. Work-shared over panels and row blocks: of few
  * rows each thread takes panels, so that weights are read once; of many it takes rows, which it has just written itself. */
-template <Mode mode>
-static void linear(const float *x, int64_t ldx, const float *w, int64_t in, float *y, int64_t ldy, int64_t out,
+template <Mode mode, class Weight>
+static void linear(const float *x, int64_t ldx, const Weight *w, int64_t in, float *y, int64_t ldy, int64_t out,
                    const float *bias, int64_t n) {
+    constexpr bool paired = std::is_same_v<Weight, pair>;
     const int64_t panels = (out + PANEL - 1) / PANEL, team = omp_get_num_threads(), most = 24 * ROWS;
     const int64_t shares = n < 24 * team ? 1 : team, blocks = shares * ((n + shares * most - 1) / (shares * most));
     const int64_t block = blocks ? (n + blocks - 1) / blocks : 1;
+    const int64_t depth = paired ? (in + 1) / 2 : in, stride = paired ? depth : ldx;
+    const Weight *rows = 0;
+    int64_t held = -1; /* whose rows they are */
 #pragma omp for collapse(2) schedule(static)
     for (int64_t b = 0; b < blocks; b++)
         for (int64_t p = 0; p < panels; p++) {
-            const int64_t end = (b + 1) * block < n ? (b + 1) * block : n;
-            const float *panel = w + p * PANEL * in;
+            const int64_t begin = b * block, end = begin + block < n ? begin + block : n;
+            if (held != b) {
+                const float *from = x + begin * ldx;
+                if constexpr (paired) rows = as_pairs(from, ldx, in, end - begin);
+                else rows = from;
+                held = b;
+            }
+            const Weight *panel = w + p * PANEL * depth;
             const float *own_bias = bias ? bias + p * PANEL : 0;
             float *to = y + p * (mode == GATE ? PANEL / 2 : PANEL);
             const int64_t left = out - p * PANEL;
-            int64_t r = b * block;
+            int64_t r = begin;
 #define BLOCK(count) \
-    panel_rows<mode, count>(x + r * ldx, ldx, panel, in, to + r * ldy, ldy, left, own_bias)
+    panel_rows<mode, count>(rows + (r - begin) * stride, stride, panel, depth, to + r * ldy, ldy, left, own_bias)
             for (; r + ROWS <= end; r += ROWS) BLOCK(ROWS);
             switch (end - r) {
             case 5: BLOCK(5); break;
