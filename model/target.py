@@ -10,12 +10,14 @@ s head size, S item tokens (all codes of all levels).
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 from model.kv_cache import KVCache, Sight, TreeSight, Write
@@ -96,24 +98,10 @@ class Target:
         cls, folder: Path, vocabulary: Vocabulary, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> "Target":
         """Read a checkpoint directory (safetensors only, no code is executed). Raises CheckpointError."""
-        verbosity = transformers_logging.get_verbosity()
-        # What it would report is refused below, in one line.
-        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+            model, loading = _read_checkpoint(folder, dtype)
         except (OSError, ValueError, KeyError) as exc:
             raise CheckpointError(f"{folder.name}: {exc}") from exc
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        model, loading = loaded
         if loading["mismatched_keys"]:
             name, found, wanted = sorted(loading["mismatched_keys"])[0]
             raise CheckpointError(
@@ -180,6 +168,35 @@ class Target:
         return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
 
 
+def _read_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
+    """The model, and what `transformers` has to say of reading it."""
+    with _quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """`transformers` without its bars, which would stand between the lines of a log, and without its reports: what is
+    wrong is refused in one line."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _of(hidden: Tensor, wanted: Tensor | None) -> Tensor:
     """`hidden` [B, n, d], or of one token a row, [B, 1, d]."""
     if wanted is None:
@@ -188,9 +205,17 @@ def _of(hidden: Tensor, wanted: Tensor | None) -> Tensor:
 
 
 def preload() -> None:
-    """Import what reading a checkpoint will import: a second or two that a process may spend before it is needed."""
+    """Do what the first reading of a checkpoint does, imports and `transformers`' own tables: a second or two that a
+    process may spend before it is needed."""
     for name in ARCHITECTURES:
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    with TemporaryDirectory() as folder:
+        shape = LlamaConfig(vocab_size=8, num_attention_heads=1, **sizes)
+        tiny: Any = AutoModelForCausalLM.from_config(shape)  # type: ignore[no-untyped-call]
+        with _quiet():
+            tiny.save_pretrained(folder)
+        _read_checkpoint(Path(folder), torch.float32)
 
 
 def _sliding_window(config: Any) -> int | None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from model.bench.plot import Panel, figure
+from model.bench.widened import widened
 from model.bundle import Bundle, BundleError, load_bundle
 from model.data.batches import padded_tokens
 from model.data.histories import Case, histories
@@ -242,7 +243,8 @@ def _timed(name: str, batch: int, lists: int, seconds: dict[str, list[float]]) -
 
 
 def _described(bundle: Bundle) -> Record:
-    return {"dtype": str(bundle.target.dtype).removeprefix("torch."), **machine()}
+    target = bundle.target
+    return {"dtype": str(target.dtype).removeprefix("torch."), "hidden_size": target.hidden_size, **machine()}
 
 
 def line(record: Record) -> str:
@@ -351,6 +353,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cpu")
+    widths = (1, 2, 4, 8, 16)
+    parser.add_argument(
+        "--times-as-wide", type=int, default=1, choices=widths, help="a larger target's cost, same lists"
+    )
     parser.add_argument("--exact", action="store_true", help="only prove exactness, for three drafts")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None, metavar="FILE.svg", help="speed-up and acceptance")
@@ -359,13 +365,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         bundle = load_bundle(options.bundle, dtype=options.dtype, device=options.device)
         requests = held_out_requests(bundle, options.data, options.k, options.users)
+        if options.times_as_wide > 1:
+            bundle = widened(bundle, options.bundle, options.times_as_wide, dtype=options.dtype)
     except (BundleError, DataError) as exc:
         print(f"padrec bench decode: {exc}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 2
     if options.exact:
         records = bench_exact(bundle, requests, _say)
     else:
-        judge = _judge(bundle, options.data, requests, options.bundle if options.dtype != "fp32" else None)
+        other = options.dtype != "fp32" or options.times_as_wide > 1
+        judge = _judge(bundle, options.data, requests, options.bundle if other else None)
         records = bench_decode(bundle, requests, options.batch, options.repeats, _say, judge)
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
@@ -378,7 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _judge(
     bundle: Bundle, data: Path, requests: Sequence[ListRequest], exact: Path | None
 ) -> Callable[[dict[str, ListResult]], Record]:
-    """Quality of lists; and where `exact` names the bundle to be read in fp32, how many lists are the same there."""
+    """Quality of lists; and where `exact` names the bundle to be read as it is, in fp32, how many lists are the same
+    there."""
     full: dict[str, ListResult] = {}
     if exact is not None:
         full = decode_all(load_bundle(exact).list_decoder(num_rows=8, max_k=requests[0].k), requests).results

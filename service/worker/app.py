@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 import torch
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from transformers.utils import logging as transformers_logging
 
 from model.bundle import load_bundle
 from model.decoding.beam_request import BeamResult, BeamStats
@@ -44,8 +43,6 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
         raise SettingsError("setting 'bundle' (PADREC_BUNDLE, --bundle): the worker needs one")
     # One core is left to the API and Valkey: two threads on a busy two-core machine are slower than one.
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
-    # A bar would stand between the JSON lines of the log.
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bundle = load_bundle(settings.bundle, dtype=settings.dtype, device=settings.device)
     logger.info("bundle loaded", extra={"layers": "compiled kernel" if bundle.target.native else "torch"})
     decoder = bundle.strategies(

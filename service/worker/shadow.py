@@ -2,8 +2,8 @@
 
 The promise that speculation changes no list is tested offline; this watches it where it is served. A shadow runs like
 any request, but only while nobody waits, and one at a time, so it never takes a row from a request. Knows the engine
-and counts; nothing of HTTP. Where torch runs the layers, as on GPUs, two nearly equal tokens may swap: a single mismatch
-there is a reason to look, many are a defect.
+and counts; nothing of HTTP. Where torch runs the layers, as on GPUs, two nearly equal tokens may swap: a single
+mismatch there is a reason to look, many are a defect.
 """
 
 import random

@@ -21,7 +21,7 @@ KEYS = {"variant", "batch", "lists", "ms_per_list", "ms_min", "ms_max", "speedup
 KEYS |= {"acceptance_by_slot", "acceptance_by_step", "budget_steps", "budget_nodes", "budget_width", "dtype"}
 KEYS |= {"identical", "near_ties", "prefill_ms", "draft_ms", "verify_ms"}
 KEYS |= {"next_recall@5", "next_ndcg@5", "future_recall@5", "future_ndcg@5"}
-KEYS |= {"mismatches", "invalid", "repeated", "excluded", "threads", "cores", "torch", "cpu"}
+KEYS |= {"hidden_size", "mismatches", "invalid", "repeated", "excluded", "threads", "cores", "torch", "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,20 @@ def test_the_records_hold_what_is_promised_for_every_variant_and_batch(
     # Five items of four codes and a separator, a token a round; the first comes from the prefill, the last
     # separator is not needed.
     assert 5 * 5 - 2 <= by_name["plain", 1]["rounds"] <= 5 * 5
+
+
+def test_a_wider_bundle_is_timed_on_the_same_lists(debug_run: tuple[Path, Path], tmp_path: Path) -> None:
+    found = []
+    for times in (1, 2):
+        path = tmp_path / f"{times}.json"
+        options = ("--batch", "1", "--repeats", "1", "--times-as-wide", str(times), "--json", str(path))
+        assert run(debug_run, *options) == 0
+        found.append({record["variant"]: record for record in json.loads(path.read_text())})
+    narrow, wide = (records["plain"] for records in found)
+    assert wide["hidden_size"] == 2 * narrow["hidden_size"]
+    assert wide["same_as_fp32"] == 1
+    assert wide["rounds"] == narrow["rounds"]
+    assert wide["future_recall@5"] == narrow["future_recall@5"]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
