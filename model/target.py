@@ -99,7 +99,7 @@ class Target:
     ) -> "Target":
         """Read a checkpoint directory (safetensors only, no code is executed). Raises CheckpointError."""
         try:
-            model, loading = _read_checkpoint(folder, dtype)
+            model, loading = read_checkpoint(folder, dtype)
         except (OSError, ValueError, KeyError) as exc:
             raise CheckpointError(f"{folder.name}: {exc}") from exc
         if loading["mismatched_keys"]:
@@ -168,7 +168,7 @@ class Target:
         return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
 
 
-def _read_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
+def read_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
     """The model, and what `transformers` has to say of reading it."""
     with _quiet():
         return AutoModelForCausalLM.from_pretrained(
@@ -215,7 +215,7 @@ def preload() -> None:
         tiny: Any = AutoModelForCausalLM.from_config(shape)  # type: ignore[no-untyped-call]
         with _quiet():
             tiny.save_pretrained(folder)
-        _read_checkpoint(Path(folder), torch.float32)
+        read_checkpoint(Path(folder), torch.float32)
 
 
 def _sliding_window(config: Any) -> int | None:

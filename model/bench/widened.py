@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from model.bundle import DTYPES, Bundle
 from model.draft.draft import Draft
 from model.draft.network import DraftNetwork
-from model.target import Target
+from model.target import Target, read_checkpoint
 
 Tensor = torch.Tensor
 # Of a draft's matrices that stand for several side by side: how many rows and how many columns of blocks.
@@ -38,7 +38,7 @@ def widened(bundle: Bundle, folder: Path, times: int, *, dtype: str = "fp32") ->
 def widened_model(checkpoint: Path, times: int) -> Any:
     """A `transformers` model with the checkpoint's numbers in the corner of every weight and zeros elsewhere. A norm
     takes the mean over more numbers, none of them new: its scale and epsilon make up for it."""
-    narrow: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+    narrow, _ = read_checkpoint(checkpoint, torch.float32)
     shape = copy.deepcopy(narrow.config)
     shape.head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     for size in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):

@@ -33,7 +33,7 @@ class Draft:
         self, network: DraftNetwork, embedding: Tensor, vocabulary: Vocabulary, *, native: bool = True
     ) -> None:
         """`embedding` [vocabulary, d] is the target's: the draft embeds tokens with it. With `native` the compiled
-        kernel runs the layer where it can."""
+        kernel runs the layer where it can, its matrices in the target's precision; torch runs it in fp32."""
         network = network.to(embedding.device).eval().requires_grad_(False)
         self.network, self.device = network, embedding.device
         d = network.shape.hidden_size
@@ -55,11 +55,11 @@ class Draft:
         self.native: kernel.NativeDraft | None = None
         if native and kernel.fits(d, network.head_size, torch.float32, self.device):
             heads, floor = network.shape.num_heads, float(self.norm.floor)
-            self.native = kernel.NativeDraft(weights, heads, network.head_size, floor)
+            self.native = kernel.NativeDraft(weights, heads, network.head_size, floor, embedding.dtype)
             self.terms = [network.positions.term(step) for step in range(network.positions.num_steps)]
             # A draft without features is handed the target's last layer, and does not look at it.
             fuse = torch.eye(d) if network.features is None else network.features.weight
-            self.packed_fuse = kernel.pack(fuse)
+            self.packed_fuse = kernel.pack(fuse.to(embedding.dtype))
         else:
             self.token_part, self.last_scale = weights.token_part, weights.last_scale
             self.feature_part, self.qkv = PackedLinear(of_feature), PackedLinear(weights.qkv)

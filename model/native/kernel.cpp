@@ -228,23 +228,8 @@ template <class Weight> static void pass(const Model *m, const Pass *p, int thre
     }
 }
 
-extern "C" {
-
-/* `hidden` [asking, size] after the last norm; the outputs [n, size] of `feature_layers`, the last layer's replaced by
- * what would be `hidden` (all must be asked then). Returns 1, having done nothing, when a number points outside the cache or a table. */
-int padrec_pass(const Model *m, const Pass *p, int threads) {
-    if (impossible(p, p->tokens, m->vocabulary)) return 1;
-    if (p->asked && outside(p->asked, p->asking, p->tokens)) return 1;
-    for (int64_t f = 0; p->asked && f < p->num_features; f++)
-        if (p->feature_layers[f] == m->layers - 1) return 1;
-    m->paired ? pass<pair>(m, p, threads) : pass<float>(m, p, threads);
-    return 0;
-}
-
-/* Stores keys and values of all tokens; `out` [asking, size] after the last norm. Returns 1 as padrec_pass does. */
-int padrec_read(const Draft *m, const Reading *p, int threads) {
-    if (impossible(p, p->asking, m->vocabulary) || outside(p->asked, p->asking, p->tokens)) return 1;
-    if (!p->tokens) return 0;
+/* What padrec_read does, of a draft whose matrices are of `Weight`; nothing points outside. */
+template <class Weight> static void read(const Draft *m, const Reading *p, int threads) {
     const int64_t n = p->tokens, asking = p->asking, d = m->size, s = m->head_size, q = m->heads, mix = q * s;
     const int64_t wide = padded(3 * mix, PANEL), feed = padded(m->feed, PANEL / 2);
     const int64_t per_row = q * p->positions * s;
@@ -257,7 +242,7 @@ int padrec_read(const Draft *m, const Reading *p, int threads) {
         float *score = scores + omp_get_thread_num() * sight;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < n; t++) memcpy(z + t * d, m->token_part + p->token[t] * d, d * sizeof(float));
-        linear<ADD>(p->features, d, m->feature_part, d, z, d, d, 0, n);
+        linear<ADD>(p->features, d, (const Weight *)m->feature_part, d, z, d, d, 0, n);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < n; t++) {
             float *own = z + t * d;
@@ -267,7 +252,7 @@ int padrec_read(const Draft *m, const Reading *p, int threads) {
             }
             unit(own, y + t * d, d, m->norm_floor, 0);
         }
-        linear<STORE>(y, d, m->qkv, d, qkv, wide, 3 * mix, 0, n);
+        linear<STORE>(y, d, (const Weight *)m->qkv, d, qkv, wide, 3 * mix, 0, n);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < n; t++) {
             float *own = qkv + t * wide;
@@ -288,14 +273,33 @@ int padrec_read(const Draft *m, const Reading *p, int threads) {
                        p->seeing[a], score, mixed + a * mix + i * s);
             }
         }
-        linear<ADD>(mixed, mix, m->output, mix, x, d, d, 0, asking);
+        linear<ADD>(mixed, mix, (const Weight *)m->output, mix, x, d, d, 0, asking);
 #pragma omp for schedule(static)
         for (int64_t a = 0; a < asking; a++) unit(x + a * d, y + a * d, d, m->norm_floor, 0);
-        linear<GATE>(y, d, m->gate_up, d, h, feed, 2 * feed, 0, asking);
-        linear<ADD>(h, feed, m->down, m->feed, x, d, d, 0, asking);
+        linear<GATE>(y, d, (const Weight *)m->gate_up, d, h, feed, 2 * feed, 0, asking);
+        linear<ADD>(h, feed, (const Weight *)m->down, m->feed, x, d, d, 0, asking);
 #pragma omp for schedule(static)
         for (int64_t a = 0; a < asking; a++) unit(x + a * d, p->out + a * d, d, m->norm_floor, m->last_scale);
     }
+}
+
+extern "C" {
+
+/* `hidden` [asking, size] after the last norm; the outputs [n, size] of `feature_layers`, the last layer's replaced by
+ * what would be `hidden` (all must be asked then). Returns 1, having done nothing, when a number points outside the cache or a table. */
+int padrec_pass(const Model *m, const Pass *p, int threads) {
+    if (impossible(p, p->tokens, m->vocabulary)) return 1;
+    if (p->asked && outside(p->asked, p->asking, p->tokens)) return 1;
+    for (int64_t f = 0; p->asked && f < p->num_features; f++)
+        if (p->feature_layers[f] == m->layers - 1) return 1;
+    m->paired ? pass<pair>(m, p, threads) : pass<float>(m, p, threads);
+    return 0;
+}
+
+/* Stores keys and values of all tokens; `out` [asking, size] after the last norm. Returns 1 as padrec_pass does. */
+int padrec_read(const Draft *m, const Reading *p, int threads) {
+    if (impossible(p, p->asking, m->vocabulary) || outside(p->asked, p->asking, p->tokens)) return 1;
+    if (p->tokens) m->paired ? read<pair>(m, p, threads) : read<float>(m, p, threads);
     return 0;
 }
 
@@ -303,7 +307,6 @@ int padrec_read(const Draft *m, const Reading *p, int threads) {
 void padrec_linear(const float *x, const void *w, const float *bias, float *y, int64_t n, int64_t in, int64_t out,
                    int64_t paired, int threads) {
 #pragma omp parallel num_threads(threads)
-    if (paired) linear<STORE>(x, in, (const pair *)w, in, y, out, out, bias, n);
-    else linear<STORE>(x, in, (const float *)w, in, y, out, out, bias, n);
+    linear_of(paired, x, w, in, y, out, bias, n);
 }
 }

@@ -92,7 +92,7 @@ class _Pass(ctypes.Structure):
 
 class _Draft(ctypes.Structure):
     _fields_ = [
-        *((name, _number) for name in ("vocabulary", "size", "heads", "head_size", "feed")),
+        *((name, _number) for name in ("vocabulary", "size", "heads", "head_size", "feed", "paired")),
         ("norm_floor", ctypes.c_float),
         *((name, _pointer) for name in ("token_part", "feature_part", "qkv", "output", "gate_up", "down")),
         ("last_scale", _pointer),
@@ -300,18 +300,22 @@ def step_arrays(terms: Sequence[StepTerm | None], steps: int) -> tuple[Any, Any,
 class NativeDraft:
     """A draft's layer over a row KV cache of one layer."""
 
-    def __init__(self, weights: DraftWeights, heads: int, head_size: int, floor: float) -> None:
+    def __init__(
+        self, weights: DraftWeights, heads: int, head_size: int, floor: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`dtype`: of the matrices."""
         self.size = weights.down.shape[0]
         self._kept = DraftWeights(
             token_part=weights.token_part.contiguous(),
-            feature_part=pack(weights.feature_part),
-            qkv=pack(weights.qkv),
-            output=pack(weights.output),
-            gate_up=pack_gated(weights.gate_up),
-            down=pack(weights.down),
+            feature_part=pack(weights.feature_part.to(dtype)),
+            qkv=pack(weights.qkv.to(dtype)),
+            output=pack(weights.output.to(dtype)),
+            gate_up=pack_gated(weights.gate_up.to(dtype)),
+            down=pack(weights.down.to(dtype)),
             last_scale=weights.last_scale.contiguous(),
         )
-        sizes = (len(weights.token_part), self.size, heads, head_size, weights.down.shape[1])
+        paired = int(dtype == torch.bfloat16)
+        sizes = (len(weights.token_part), self.size, heads, head_size, weights.down.shape[1], paired)
         self._model = _Draft(*sizes, floor, *(tensor.data_ptr() for tensor in self._kept))
 
     @property

@@ -56,11 +56,13 @@ struct Pass {
     float **features;
 };
 
-/* A draft: one layer on a fused input, token_part[token] + feature_part * feature. */
+/* A draft: one layer on a fused input, token_part[token] + feature_part * feature. Matrices as in a model. */
 struct Draft {
-    int64_t vocabulary, size, heads, head_size, feed;
+    int64_t vocabulary, size, heads, head_size, feed, paired;
     float norm_floor;
-    const float *token_part, *feature_part, *qkv, *output, *gate_up, *down, *last_scale;
+    const float *token_part;
+    const void *feature_part, *qkv, *output, *gate_up, *down;
+    const float *last_scale;
 };
 
 /* Tokens read by a draft, and the `asking` ones among them (`asked`) whose output is wanted; `committed`, `seeing` and
@@ -284,6 +286,22 @@ static void linear(const float *x, int64_t ldx, const Weight *w, int64_t in, flo
             }
 #undef BLOCK
         }
+}
+
+/* y [n, out] of x [n, in], of weights of either kind. */
+INLINE void linear_of(bool paired, const float *x, const void *w, int64_t in, float *y, int64_t out, const float *bias,
+                      int64_t n) {
+    if (paired) linear<STORE>(x, in, (const pair *)w, in, y, out, out, bias, n);
+    else linear<STORE>(x, in, (const float *)w, in, y, out, out, bias, n);
+}
+
+/* The same of one row, not shared. */
+template <class Weight> INLINE void row_of(const Weight *x, const Weight *w, int64_t depth, float *y, int64_t out) {
+    for (int64_t c = 0; c < out; c += PANEL) panel_rows<STORE, 1>(x, 0, w + c * depth, depth, y + c, 0, out - c, 0);
+}
+INLINE void row_of(bool paired, const float *x, const void *w, int64_t in, float *y, int64_t out) {
+    if (paired) row_of(as_pairs(x, 0, in, 1), (const pair *)w, (in + 1) / 2, y, out);
+    else row_of(x, (const float *)w, in, y, out);
 }
 
 INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -32,7 +32,9 @@ struct Plan {
     const int64_t *feature_layers;
     const float *const *step;
     const float *const *context;
-    const float *gate, *fuse, *by_node;
+    const float *gate;
+    const void *fuse;
+    const float *by_node;
 };
 
 /* A prompt to read, or a piece of one: so many `tokens` of a row that has read `start` before. Where the prompt `ends`, the first
@@ -410,9 +412,7 @@ struct Round {
                 const float *own = f + ends[b * groups + way[i]] * m->size;
                 all.insert(all.end(), own, own + m->size);
             }
-            for (int64_t c = 0; c * PANEL < draft->size; c++)
-                panel_rows<STORE, 1>(all.data(), 0, p->fuse + c * PANEL * (int64_t)all.size(), all.size(),
-                                     feature + c * PANEL, 0, draft->size - c * PANEL, 0);
+            row_of(draft->paired, all.data(), p->fuse, all.size(), feature, draft->size);
         }
         go_on(b, bonus, accepted + 1, emitted);
     }
@@ -492,7 +492,7 @@ struct Round {
         const int64_t n = tokens.token.size();
         fused.resize(n * d);
 #pragma omp parallel num_threads(threads)
-        linear<STORE>(all.data(), wide, p->fuse, wide, fused.data(), d, d, nullptr, n);
+        linear_of(draft->paired, all.data(), p->fuse, wide, fused.data(), d, nullptr, n);
         tokens.features.resize(n * d);
         for (int64_t i = 0, at = 0; i < prompts->count; i++) {
             const Prompt &one = prompts->prompt[i];

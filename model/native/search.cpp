@@ -59,7 +59,7 @@ struct Searcher {
                     memcpy(all.data() + (begins[i] + j) * wide + f * size, p->features[i * p->num_features + f] + j * size,
                            size * sizeof(float));
 #pragma omp parallel num_threads(threads)
-        linear<STORE>(all.data(), wide, p->fuse, wide, fused->data(), size, size, nullptr, n);
+        linear_of(draft->paired, all.data(), p->fuse, wide, fused->data(), size, nullptr, n);
     }
 
     /* Of a level's continuations those drawn and those to go on from. */
