@@ -125,12 +125,6 @@ def running_api(bundle: Path, worker_seconds: float) -> Iterator[tuple[int, int]
             child.stop(stub, 5)
 
 
-def cpu_seconds(pid: int) -> float:
-    """Processor time a process has taken, all threads (Linux)."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def resident_mib(pid: int) -> float:
     """Memory of a process (Linux)."""
     pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
@@ -179,9 +173,9 @@ def encoded(histories: Sequence[Sequence[str]]) -> list[bytes]:
 def measure(port: int, pid: int, requests: Sequence[bytes], concurrency: int, seconds: float) -> Record:
     """A fifth of `seconds` warms up, unrecorded."""
     asyncio.run(load(port, requests, concurrency, seconds / 5))
-    cpu, started = cpu_seconds(pid), time.perf_counter()
+    cpu, started = child.cpu_seconds(pid), time.perf_counter()
     answers = asyncio.run(load(port, requests, concurrency, seconds))
-    taken, cpu = time.perf_counter() - started, cpu_seconds(pid) - cpu
+    taken, cpu = time.perf_counter() - started, child.cpu_seconds(pid) - cpu
     timings = [json.loads(body)["timings_ms"] for _, status, body in answers if body and status == 200]
     totals = [milliseconds for milliseconds, _, _ in answers]
     return Record(

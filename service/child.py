@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 # A shim that asks for the signal and then becomes the program: `preexec_fn` is unsafe once threads run. The parent may
 # have died before the request took effect; then the shim's parent is another process, and it leaves.
@@ -66,3 +67,9 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
         import ctypes
 
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time a process has taken, all threads (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

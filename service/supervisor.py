@@ -19,6 +19,7 @@ from service import child
 logger = logging.getLogger("padrec.supervisor")
 
 REFUSED = 2  # exit status of a process whose settings or bundle are unusable: starting it again cannot help
+BUSY, BUSY_SHARE = 6, 0.2  # of one core
 _POLL_SECONDS = 0.05
 
 
@@ -49,12 +50,14 @@ class Child:
     was_healthy: bool = field(default=False, init=False)
     unwell_since: float | None = field(default=None, init=False)
     unwell_answers: int = field(default=0, init=False)
+    unwell_cpu: float = field(default=0.0, init=False)
 
 
 class Supervisor:
     """Keeps children running. Backoff doubles from `first_backoff` to 10 s; a child that ends `max_failures` times
     without having lived `steady_seconds` in between is a crash loop and ends everything. One that was healthy and has
-    not been for `hung_seconds`, or has not become so `starting_seconds` after its start, is killed."""
+    not been for `hung_seconds`, or has not become so `starting_seconds` after its start, is killed; one that works all
+    the while may be late with its answers, and gets BUSY times as long."""
 
     def __init__(
         self,
@@ -117,15 +120,21 @@ class Supervisor:
                     if each.spare is not None and not each.was_settled and each.settled():
                         each.was_settled = process is each.process
                 else:
-                    each.unwell_since = each.unwell_since or time.monotonic()
+                    if each.unwell_since is None:
+                        each.unwell_since, each.unwell_cpu = time.monotonic(), _cpu_seconds(process)
                     each.unwell_answers += 1
 
     def _hangs(self, each: Child) -> bool:
         """Not by the clock alone: when the whole machine slept, nobody was asked."""
         if each.unwell_since is None or each.unwell_answers < 3:
             return False
-        allowed = self.hung_seconds if each.was_healthy else self.starting_seconds
-        return time.monotonic() - each.unwell_since >= allowed
+        unwell = time.monotonic() - each.unwell_since
+        if not each.was_healthy:
+            return unwell >= self.starting_seconds
+        if unwell < self.hung_seconds or each.process is None:
+            return False
+        busy = _cpu_seconds(each.process) - each.unwell_cpu >= BUSY_SHARE * unwell
+        return not busy or unwell >= BUSY * self.hung_seconds
 
     def _start(self, each: Child) -> None:
         each.restart_at = None
@@ -215,6 +224,14 @@ def free_port(host: str, wanted: int = 0, *, tries: int = 1) -> int:
             return int(probe.getsockname()[1])
     what = f"port {wanted}" if tries == 1 else f"every port from {wanted} to {wanted + tries - 1}"
     raise PortTaken(f"{what} on {host} is taken; choose another with --port (0 takes the next free one)")
+
+
+def _cpu_seconds(process: subprocess.Popen[bytes]) -> float:
+    """0 where that cannot be known: then nobody counts as busy."""
+    try:
+        return child.cpu_seconds(process.pid)
+    except OSError:
+        return 0.0
 
 
 def _describe(status: int) -> str:

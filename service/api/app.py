@@ -112,5 +112,5 @@ def _keys(settings: Settings) -> Keys | None:
 
 def _transport(settings: Settings) -> httpx.AsyncHTTPTransport:
     most = settings.max_in_flight
-    limits = httpx.Limits(max_connections=most + 8, max_keepalive_connections=most, keepalive_expiry=30.0)
+    limits = httpx.Limits(max_connections=most + 8, max_keepalive_connections=16, keepalive_expiry=30.0)
     return httpx.AsyncHTTPTransport(limits=limits)

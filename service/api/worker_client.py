@@ -37,11 +37,17 @@ CONNECT_TIMEOUT_SECONDS = 0.25
 EJECT_AFTER_FAILURES = 3  # in a row
 EJECT_SECONDS = 1.0  # the first time; twice as long every further time, up to the most
 EJECT_MOST_SECONDS = 30.0
+FULL_SECONDS = 0.25  # after a refusal
+FULL_SHARE = 1.1  # of the time the refused request had left: others have had a little less of theirs spent
 _JSON = {"content-type": "application/json"}
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 logger = logging.getLogger("padrec.worker_client")
+
+
+class WorkerFull(Overloaded):
+    """A worker refused a request for what it has to do already."""
 
 
 async def addresses(host: str, port: int) -> list[str]:
@@ -62,7 +68,9 @@ async def as_named(host: str, port: int) -> list[str]:
 class Worker:
     """What we know of one worker. `up` is None until it has been heard of; while `avoid`, asking it would only cost
     time: it hangs, warms up or drains. `others` is how many requests of others it reported; `failures` of ours in a
-    row; until `ejected_until` (`time.monotonic()`) it is asked only where there is nobody else."""
+    row; until `ejected_until` (`time.monotonic()`) it is asked only where there is nobody else. It has
+    refused a request with `full_seconds` left while it had `full_at` others of ours: until `full_until` it is not asked
+    for another like that before it has fewer. In an overload refusing would take the time of what it does."""
 
     url: httpx.URL
     name: str = ""  # the URL it was found under
@@ -74,12 +82,21 @@ class Worker:
     failures: int = 0
     ejections: int = 0
     ejected_until: float = 0.0
+    full_until: float = 0.0
+    full_seconds: float = 0.0
+    full_at: int = 0
+    retry_after: float = 1.0
 
     _paths: dict[str, httpx.URL] = field(default_factory=dict)
 
     @property
     def load(self) -> int:
         return self.in_flight + self.others
+
+    def refuses(self, remaining: float) -> bool:
+        """Whether it would refuse a request that has so many seconds left."""
+        like_that = remaining <= self.full_seconds and self.in_flight >= self.full_at
+        return like_that and time.monotonic() < self.full_until
 
     def at(self, path: str) -> httpx.URL:
         """Its URL with `path`, made once: it costs more than the rest of a request."""
@@ -126,12 +143,17 @@ class WorkerClient:
 
         Raises WorkerUnavailable, Overloaded, CatalogMismatch, DeadlinePassed or Invalid.
         """
-        worker = self._choose(request.catalog_version, None)
+        remaining = deadline - time.monotonic()
+        worker = self._choose(request.catalog_version, None, remaining)
+        if worker.refuses(remaining):
+            self._metrics.rejections.labels("worker").inc()
+            raise Overloaded("Every worker is busy.", retry_after=worker.retry_after)
         try:
             return await self._ask(worker, request, deadline)
         except (WorkerUnavailable, Overloaded) as exc:
-            other = self._second_choice(worker, exc, request.catalog_version)
-            if other is None or time.monotonic() >= deadline:
+            remaining = deadline - time.monotonic()
+            other = self._second_choice(worker, exc, request.catalog_version, remaining)
+            if other is None or other.refuses(remaining) or remaining <= 0:
                 raise
             self._metrics.worker_retries.labels(exc.slug).inc()
             return await self._ask(other, request, deadline)
@@ -203,7 +225,7 @@ class WorkerClient:
         except (httpx.HTTPError, ValidationError):
             self._mark(worker, up=False)
 
-    def _choose(self, catalog_version: str, but: Worker | None) -> Worker:
+    def _choose(self, catalog_version: str, but: Worker | None, remaining: float) -> Worker:
         # One that refuses connections may be asked: that costs nothing and finds it again at once.
         able = [w for w in self.workers if w is not but and not w.avoid]
         if not able:
@@ -211,17 +233,20 @@ class WorkerClient:
 
         now = time.monotonic()
 
-        def cost(worker: Worker) -> tuple[bool, bool, bool, int, float]:
+        def cost(worker: Worker) -> tuple[bool, bool, bool, bool, int, float]:
             other = worker.info is not None and worker.info.catalog_version != catalog_version
+            left_alone = now < worker.ejected_until
             # By lot among equals: many API processes must not all take the same one.
-            return worker.up is False, now < worker.ejected_until, other, worker.load, random.random()
+            return worker.up is False, left_alone, other, worker.refuses(remaining), worker.load, random.random()
 
         return min(able, key=cost)
 
-    def _second_choice(self, first: Worker, exc: WorkerUnavailable | Overloaded, catalog_version: str) -> Worker | None:
+    def _second_choice(
+        self, first: Worker, exc: WorkerUnavailable | Overloaded, catalog_version: str, remaining: float
+    ) -> Worker | None:
         if len(self.workers) > 1:
             try:
-                return self._choose(catalog_version, first)
+                return self._choose(catalog_version, first, remaining)
             except WorkerUnavailable:
                 return None
         # Asking a full worker again at once would only add to its load.
@@ -240,6 +265,10 @@ class WorkerClient:
             answer = self._read(worker, reply, request)
             worker.failures = worker.ejections = 0
             return answer
+        except WorkerFull as exc:
+            worker.full_until, worker.full_seconds = time.monotonic() + FULL_SECONDS, FULL_SHARE * remaining
+            worker.full_at, worker.retry_after = worker.in_flight - 1, exc.retry_after or 1.0
+            raise
         except WorkerUnavailable:
             self._failed(worker)
             raise
@@ -327,10 +356,10 @@ def _translated(
         return WorkerUnavailable("The worker's refusal makes no sense.")
     if reply.status_code == 503:
         retry_after = reply.headers.get("retry-after", "1")
-        return Overloaded(
-            "Every worker is busy.",
-            retry_after=float(retry_after) if retry_after.isdecimal() else 1.0,
-        )
+        # 503 is also what drains and what failed on this request alone.
+        said = str(problem.get("type")) if isinstance(problem, dict) else ""
+        kind = WorkerFull if said.endswith(f":{Overloaded.slug}") else Overloaded
+        return kind("Every worker is busy.", retry_after=float(retry_after) if retry_after.isdecimal() else 1.0)
     if reply.status_code == 504:
         return DeadlinePassed("The worker ran out of time.")
     return WorkerUnavailable("The worker failed.")

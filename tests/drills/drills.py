@@ -34,9 +34,10 @@ from service.movielens import DATA
 from tests.drills import stack
 from tests.drills.poisoned_worker import POISON_K
 from tests.drills.redis_between import Mode, RedisBetween
-from tests.load.open_loop import Answer, Answers, Body, client_of, even, one, quantile, send
+from tests.load.open_loop import Answer, Answers, Body, Crowd, client_of, depart, even, one, quantile, send
 
 MIB_PER_10_MINUTES = 1.0
+MOST_RATE = 50.0  # requests/s
 REFUSALS = (503, 504)
 
 
@@ -56,7 +57,7 @@ class Drill:
     """What a drill is given, and what it finds. `rate` in requests/s; `scale` shortens or lengthens every phase."""
 
     bundle: Path
-    rate: float = 50.0
+    rate: float = MOST_RATE
     scale: float = 1.0
     soak_seconds: float = 60.0
     deadline_ms: int = 500
@@ -284,10 +285,10 @@ def overload(drill: Drill) -> None:
         before = Load(service.url, body, capacity * 0.3, 5 * drill.scale).result()
         memory = sum(map(resident_mib, pids))
         seconds = 60 * drill.scale
-        load = Load(service.url, body, capacity * 10, seconds)
-        answers = load.result()
+        started = time.monotonic()
+        answers = asyncio.run(_crowded(service.url, body, capacity * 10, seconds))
         drill.judge(answers, may_refuse=True)
-        spent = max(a.sent + a.seconds for a in answers.all) - load.started
+        spent = max(a.sent + a.seconds for a in answers.all) - started
         goodput = sum(a.from_model for a in answers.all) / spent
         drill.at_least("goodput, share of capacity", goodput / capacity, 0.9, timed=True)
         refused = answers.seconds(lambda a: a.status == 503)
@@ -302,6 +303,20 @@ def overload(drill: Drill) -> None:
         drill.at_most("p99 five seconds after, times before", ratio, 2, timed=True)
 
 
+async def _crowded(url: str, body_of: Callable[[int], Body], rate: float, seconds: float) -> Answers:
+    async with Crowd(url) as crowd:
+        return await depart(lambda index: crowd.ask(index, body_of(index)), even(rate, round(rate * seconds)))
+
+
+def fitting_rate(bundle: Path, data: Path) -> float:
+    """Half of what this machine can do now, at most MOST_RATE: what goes wrong in a drill should be the harm done, not
+    a queue."""
+    drill = Drill(bundle, data=data)
+    with stack.served(bundle) as service:
+        warm(service.url, drill)
+        return min(MOST_RATE, asyncio.run(_capacity(service.url, drill, 5)) / 2)
+
+
 async def _capacity(url: str, drill: Drill, seconds: float) -> float:
     """Model answers a second with sixteen clients that wait for each answer."""
     end = time.monotonic() + seconds
@@ -311,7 +326,8 @@ async def _capacity(url: str, drill: Drill, seconds: float) -> float:
         nonlocal done
         index = first
         while time.monotonic() < end:
-            done += (await one(client, index, drill.body(index, deadline_ms=10_000))).from_model
+            answer = await one(client, index, drill.body(index, deadline_ms=10_000))
+            done += answer.from_model  # not in one line: the sum would be read before the wait
             index += 16
 
     async with client_of(url) as client:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from service import child
 from service.movielens import BUNDLE, DATA
-from tests.drills.drills import DRILLS, Criterion, Drill
+from tests.drills.drills import DRILLS, MOST_RATE, Criterion, Drill, fitting_rate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,19 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     parser.add_argument("--data", type=Path, default=DATA, help="MovieLens files; without them histories are random")
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of drills, 1 to 14")
-    parser.add_argument("--rate", type=float, default=50.0, help="requests a second in most drills")
+    help_of_rate = f"requests a second in most drills; default: half of what can be done, at most {MOST_RATE:g}"
+    parser.add_argument("--rate", type=float, help=help_of_rate)
     parser.add_argument("--scale", type=float, default=1.0, help="shortens (below 1) or lengthens every phase")
     parser.add_argument("--soak", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args(argv)
     child.die_with_parent()
     started = time.monotonic()
+    rate = options.rate or fitting_rate(options.bundle, options.data)
+    print(f"{rate:.1f} requests a second")
     missed = 0
     results = []
     for number, run in enumerate(DRILLS, start=1):
         if options.only and number not in options.only:
             continue
-        drill = Drill(options.bundle, options.rate, options.scale, options.soak, data=options.data)
+        drill = Drill(options.bundle, rate, options.scale, options.soak, data=options.data)
         begun = time.monotonic()
         print(f"\n{(run.__doc__ or '').strip()}", flush=True)
         try:

@@ -1,13 +1,16 @@
 """The open-loop client sends when the clock says so and judges honestly; the search finds the knee there is."""
 
 import asyncio
+import contextlib
+import json
 import time
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.load.knee import Point, draw, knee, search, summarise
-from tests.load.open_loop import Answer, Answers, even, poisson, quantile, send
+from tests.load.open_loop import Answer, Answers, Crowd, even, poisson, quantile, send
 
 GOOD = {
     "items": [{"item_id": "1", "source": "model"}, {"item_id": "2", "source": "model"}],
@@ -55,6 +58,40 @@ async def test_every_request_gets_a_verdict(
         (answer,) = (await send(lambda: client, lambda n: {}, [0.0])).all
     assert (answer.status, answer.from_model) == (status, from_model)
     assert answer.retry_after == ("2" if status == 503 else "")
+
+
+async def test_a_crowd_uses_its_connections_again_and_says_when_one_breaks() -> None:
+    served, asked = list[asyncio.Task[None] | None](), list[dict[str, Any]]()
+
+    async def head_of(reader: asyncio.StreamReader) -> bytes:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            return await reader.readuntil(b"\r\n\r\n")
+        return b""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.append(asyncio.current_task())
+        while head := await head_of(reader):
+            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            asked.append(json.loads(await reader.readexactly(length)))
+            if asked[-1].get("break"):
+                break
+            content = json.dumps(GOOD).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        async with Crowd(f"http://127.0.0.1:{port}") as crowd:
+            answers = [await crowd.ask(n, {"history": [str(n)]}) for n in range(3)]
+            assert [(a.status, a.from_model) for a in answers] == [(200, True)] * 3
+            assert len(served) == 1
+            assert (await crowd.ask(3, {"break": True})).status == 0
+            assert (await crowd.ask(4, {})).status == 200
+            assert len(served) == 2
+        await asyncio.gather(*(task for task in served if task is not None))
+    assert [body.get("history") for body in asked] == [["0"], ["1"], ["2"], None, None]
 
 
 def test_users_come_at_the_rate_they_should_and_the_same_ones_every_time() -> None:

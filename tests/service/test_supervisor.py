@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from service import child
-from service.supervisor import Child, PortTaken, Supervisor, free_port, stop_on_signals
+from service.supervisor import BUSY, Child, PortTaken, Supervisor, free_port, stop_on_signals
 from tests.service.processes import gone
 
 SLEEP = "import time; time.sleep(60)"
@@ -138,6 +138,26 @@ def test_a_child_that_hangs_is_killed_and_started_again() -> None:
     assert pids[0] == stopped[0]
     assert gone(pids[0])
     assert keeper.failures == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_child_that_is_busy_is_given_longer_than_one_that_hangs() -> None:
+    """An overload must not end in a restart; work without end does."""
+    begun: list[float] = []
+    spinning = "while True: pass"
+    keeper = Child("api", lambda: python(spinning), healthy=lambda: not begun)
+    killed_after: list[float] = []
+
+    def look() -> None:
+        if keeper.was_healthy and not begun:
+            begun.append(time.monotonic())
+        elif keeper.failures:
+            killed_after.append(time.monotonic() - begun[0])
+            supervisor.request_stop()
+
+    supervisor = Supervisor([keeper], first_backoff=0.01, hung_seconds=0.3, on_round=look)
+    assert supervisor.run() == 0
+    assert BUSY * 0.3 <= killed_after[0] < BUSY * 0.3 + 5
 
 
 def test_a_child_that_never_becomes_healthy_is_a_crash_loop_in_the_end(caplog: pytest.LogCaptureFixture) -> None:

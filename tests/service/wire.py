@@ -70,6 +70,7 @@ class TinyWorker:
     ready: bool = True
     delay: float = 0.0
     status: int = 200
+    problem: str = "urn:padrec:problem:overloaded"
     spoil: dict[str, Any] = field(default_factory=dict)
     others: int = 0
     instance: str = "first"
@@ -109,7 +110,8 @@ class TinyWorker:
 
     def _answer(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if self.status != 200:
-            return self.status, {"errors": [{"pointer": "/k", "reason": "should be less"}], "catalog_version": "x"}
+            errors = [{"pointer": "/k", "reason": "should be less"}]
+            return self.status, {"type": self.problem, "errors": errors, "catalog_version": "x"}
         if request["catalog_version"] != self.version:
             return 409, {"catalog_version": self.version}
         taken = request["exclude"] + (request["history"] if request["exclude_history"] else [])

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.api.worker_client import EJECT_AFTER_FAILURES, WorkerClient, addresses
+from service.api.worker_client import EJECT_AFTER_FAILURES, FULL_SECONDS, WorkerClient, addresses
 from service.errors import CatalogMismatch, DeadlinePassed, Overloaded, PadrecError, WorkerUnavailable
 from service.metrics import ApiMetrics
 from service.schemas import GenerateRequest, GenerateResponse
@@ -72,6 +72,53 @@ async def test_a_connection_that_breaks_is_tried_once_more_on_the_only_worker() 
     async with client_of(Breaking(a=TinyWorker()), "a") as client:
         assert len((await generate(client)).items) == 2
     assert len(tries) == 2
+
+
+async def test_a_full_worker_is_not_asked_for_more_of_the_same_before_it_has_less_to_do() -> None:
+    """Ten times too much is refused here, and its time is left to the worker."""
+    worker = TinyWorker(delay=0.2)
+    async with client_of(Workers(a=worker), "a") as client:
+        busy = [asyncio.create_task(generate(client)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        worker.delay, worker.status = 0.0, 503
+        with pytest.raises(Overloaded):
+            await generate(client)
+        worker.status = 200
+        asked = len(worker.seen)
+        for _ in range(20):
+            with pytest.raises(Overloaded) as refused:
+                await generate(client)
+        assert refused.value.retry_after == 1
+        assert len(worker.seen) == asked == 4
+        # Who has more time may be taken; and so is everybody once there is less to do, or after a while.
+        assert (await asyncio.gather(generate(client, 3.0), *busy))[0].items
+        assert (await generate(client)).items
+        worker.status = 503
+        with pytest.raises(Overloaded):
+            await generate(client)
+        worker.status = 200
+        with pytest.raises(Overloaded):
+            await generate(client)
+        await asyncio.sleep(FULL_SECONDS)
+        assert (await generate(client)).items
+
+
+async def test_a_request_that_fails_alone_does_not_make_its_worker_full() -> None:
+    worker = TinyWorker(status=503, problem="urn:padrec:problem:worker-unavailable")
+    async with client_of(Workers(a=worker), "a") as client:
+        with pytest.raises(Overloaded):
+            await generate(client)
+        worker.status = 200
+        assert (await generate(client)).items
+
+
+async def test_of_two_workers_the_one_that_is_not_full_is_asked() -> None:
+    full, free = TinyWorker(status=503), TinyWorker(others=5)
+    async with client_of(Workers(a=full, b=free), "a", "b") as client:
+        await client.look_at_all()
+        for _ in range(5):
+            assert (await generate(client)).items
+        assert (len(full.seen), len(free.seen)) == (1, 5)
 
 
 async def test_a_busy_worker_alone_is_not_asked_twice() -> None:
