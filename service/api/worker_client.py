@@ -46,10 +46,6 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 logger = logging.getLogger("padrec.worker_client")
 
 
-class WorkerFull(Overloaded):
-    """A worker refused a request for what it has to do already."""
-
-
 async def addresses(host: str, port: int) -> list[str]:
     """Every address of a name; of one family, or each worker would count twice. Raises OSError."""
     loop = asyncio.get_running_loop()
@@ -262,13 +258,15 @@ class WorkerClient:
             async with asyncio.timeout(remaining):
                 content = body.model_dump_json(exclude_unset=True, warnings=False)  # tuples for lists
                 reply = await self._exchange("POST", worker, "/generate", remaining, content)
-            answer = self._read(worker, reply, request)
+            try:
+                answer = self._read(worker, reply, request)
+            except Overloaded as exc:
+                if _is_full(reply):
+                    worker.full_until, worker.full_seconds = time.monotonic() + FULL_SECONDS, FULL_SHARE * remaining
+                    worker.full_at, worker.retry_after = worker.in_flight - 1, exc.retry_after or 1.0
+                raise
             worker.failures = worker.ejections = 0
             return answer
-        except WorkerFull as exc:
-            worker.full_until, worker.full_seconds = time.monotonic() + FULL_SECONDS, FULL_SHARE * remaining
-            worker.full_at, worker.retry_after = worker.in_flight - 1, exc.retry_after or 1.0
-            raise
         except WorkerUnavailable:
             self._failed(worker)
             raise
@@ -341,6 +339,12 @@ class WorkerClient:
         self._metrics.worker_up.labels(str(worker.url)).set(up)
 
 
+def _is_full(refusal: httpx.Response) -> bool:
+    """Whether it was for what the worker has to do already: what drains and what failed alone is refused as well."""
+    problem = refusal.json()
+    return isinstance(problem, dict) and str(problem.get("type")).endswith(f":{Overloaded.slug}")
+
+
 def _translated(
     reply: httpx.Response,
 ) -> WorkerUnavailable | Overloaded | CatalogMismatch | DeadlinePassed | Invalid:
@@ -356,10 +360,10 @@ def _translated(
         return WorkerUnavailable("The worker's refusal makes no sense.")
     if reply.status_code == 503:
         retry_after = reply.headers.get("retry-after", "1")
-        # 503 is also what drains and what failed on this request alone.
-        said = str(problem.get("type")) if isinstance(problem, dict) else ""
-        kind = WorkerFull if said.endswith(f":{Overloaded.slug}") else Overloaded
-        return kind("Every worker is busy.", retry_after=float(retry_after) if retry_after.isdecimal() else 1.0)
+        return Overloaded(
+            "Every worker is busy.",
+            retry_after=float(retry_after) if retry_after.isdecimal() else 1.0,
+        )
     if reply.status_code == 504:
         return DeadlinePassed("The worker ran out of time.")
     return WorkerUnavailable("The worker failed.")
