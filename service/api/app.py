@@ -17,7 +17,7 @@ from service.api.catalog import Catalog
 from service.api.recommender import Recommender
 from service.api.redis_cache import RedisCache
 from service.api.routes import add_schemas, recommend_routes
-from service.api.worker_client import WorkerClient, addresses, as_named
+from service.api.worker_client import WorkerClient, addresses
 from service.keys import Keys, KeysError
 from service.metrics import ApiMetrics, new_registry
 from service.middleware import Admission, Door, cancel, install_errors
@@ -42,8 +42,10 @@ def create_app(
     redis = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
     cache = RedisCache(redis, metrics)
     catalog = Catalog(cache, settings, metrics)
-    transport = worker_transport or _transport(settings)
-    workers = WorkerClient(transport, settings, metrics, as_named if worker_transport else addresses)
+    if worker_transport is not None:
+        workers = WorkerClient(worker_transport, settings, metrics)
+    else:
+        workers = WorkerClient(_transport(settings), settings, metrics, addresses, lambda: _transport(settings))
     recommender = Recommender(catalog, workers, settings, metrics)
     spans = Spans(settings, "padrec-api", __version__, metrics)
     admission = Admission(settings.max_in_flight, drain, metrics)
@@ -52,7 +54,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(cache.close)
-            stack.push_async_callback(transport.aclose)
+            stack.push_async_callback(workers.close)
             stack.push_async_callback(spans.close)
             stack.enter_context(metrics_server(settings.host, settings.metrics_port, registry))
             await catalog.start()

@@ -114,7 +114,10 @@ class WorkerClient:
         settings: Settings,
         metrics: ApiMetrics,
         resolve: Resolve = as_named,
+        renew: Callable[[], httpx.AsyncBaseTransport] | None = None,
     ) -> None:
+        """`renew` makes another transport for one that has run out of connections."""
+        self._renew = renew
         self._names = [httpx.URL(url) for url in settings.worker_urls]
         self.workers = [Worker(url, str(url)) for url in self._names]
         self._resolve = resolve
@@ -164,6 +167,9 @@ class WorkerClient:
                 logger.exception("the workers could not be looked at")
             await asyncio.sleep(self._poll_seconds)
 
+    async def close(self) -> None:
+        await self._transport.aclose()
+
     async def discover(self) -> None:
         """Bring the workers in line with the addresses of their names. A name that cannot be resolved keeps those it
         had: a name server may be down while the workers are not."""
@@ -203,7 +209,7 @@ class WorkerClient:
 
     async def look_at(self, worker: Worker) -> None:
         """Refresh what we know of one worker."""
-        ours = worker.in_flight
+        ours, asked = worker.in_flight, self._transport
         try:
             ready, info = await asyncio.gather(
                 *(self._exchange("GET", worker, path, POLL_TIMEOUT_SECONDS) for path in ("/readyz", "/info"))
@@ -216,6 +222,13 @@ class WorkerClient:
                 worker.ejected_until = 0.0
             worker.info, worker.others = seen, max(0, seen.in_flight + seen.waiting - ours)
             self._mark(worker, up=ready.status_code == 200, avoid=ready.status_code != 200)
+        except httpx.PoolTimeout:
+            self._mark(worker, up=False, avoid=True)
+            # There are more connections than requests: requests given up in an overload have left theirs behind for
+            # good. What still runs on the old ones ends there.
+            if self._renew is not None and self._transport is asked:
+                self._transport = self._renew()
+                logger.error("out of connections to the workers; they are made anew")
         except httpx.TimeoutException:
             self._mark(worker, up=False, avoid=True)
         except (httpx.HTTPError, ValidationError):

@@ -103,6 +103,31 @@ async def test_a_full_worker_is_not_asked_for_more_of_the_same_before_it_has_les
         assert (await generate(client)).items
 
 
+async def test_an_api_that_has_run_out_of_connections_makes_new_ones() -> None:
+    """Requests given up while a pool is busy may leave their connections in it for ever."""
+
+    class Used(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            raise httpx.PoolTimeout("none left", request=request)
+
+    fresh = Workers(a=TinyWorker(), b=TinyWorker())
+    made: list[int] = []
+
+    def renew() -> httpx.AsyncBaseTransport:
+        made.append(1)
+        return fresh
+
+    settings = api_settings(worker_urls="http://a,http://b")
+    client = WorkerClient(Used(), settings, ApiMetrics(CollectorRegistry()), renew=renew)
+    async with fresh:
+        await client.look_at_all()
+        assert not client.any_up
+        assert len(made) == 1
+        await client.look_at_all()
+        assert client.any_up
+        assert (await generate(client)).items
+
+
 async def test_a_request_that_fails_alone_does_not_make_its_worker_full() -> None:
     worker = TinyWorker(status=503, problem="urn:padrec:problem:worker-unavailable")
     async with client_of(Workers(a=worker), "a") as client:
