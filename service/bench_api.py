@@ -131,6 +131,19 @@ def resident_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[bytes, bytes]:
+    """Send a request as it goes over the wire; head, in lower case, and body of the answer.
+    An HTTP client's own work would be a good part of what is measured."""
+    writer.write(request)
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    return head, await reader.readexactly(int(field_of(head, b"content-length")))
+
+
+def field_of(head: bytes, name: bytes) -> bytes:
+    """A field of a head; empty where it has none."""
+    return head.partition(b"\r\n" + name + b":")[2].partition(b"\r\n")[0].strip()
+
+
 async def load(
     port: int, requests: Sequence[bytes], concurrency: int, seconds: float
 ) -> list[tuple[float, int, bytes]]:
@@ -144,10 +157,7 @@ async def load(
             while time.perf_counter() < end:
                 number = next(turn)
                 started = time.perf_counter()
-                writer.write(requests[number % len(requests)])
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
-                body = await reader.readexactly(length)
+                head, body = await exchange(reader, writer, requests[number % len(requests)])
                 taken = 1e3 * (time.perf_counter() - started)
                 answers.append((taken, int(head.split(b" ", 2)[1]), b"" if number % TIMED else body))
         finally:

@@ -114,5 +114,6 @@ def _keys(settings: Settings) -> Keys | None:
 
 def _transport(settings: Settings) -> httpx.AsyncHTTPTransport:
     most = settings.max_in_flight
+    # Few are kept idle: for every request the pool asks each of those whether it is still open.
     limits = httpx.Limits(max_connections=most + 8, max_keepalive_connections=16, keepalive_expiry=30.0)
     return httpx.AsyncHTTPTransport(limits=limits)

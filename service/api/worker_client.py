@@ -64,9 +64,9 @@ async def as_named(host: str, port: int) -> list[str]:
 class Worker:
     """What we know of one worker. `up` is None until it has been heard of; while `avoid`, asking it would only cost
     time: it hangs, warms up or drains. `others` is how many requests of others it reported; `failures` of ours in a
-    row; until `ejected_until` (`time.monotonic()`) it is asked only where there is nobody else. It has
-    refused a request with `full_seconds` left while it had `full_at` others of ours: until `full_until` it is not asked
-    for another like that before it has fewer. In an overload refusing would take the time of what it does."""
+    row; until `ejected_until` (`time.monotonic()`) it is asked only where there is nobody else. It has refused a
+    request with `full_seconds` left while it had `full_at` others of ours: until `full_until` it is not asked for
+    another like that before it has fewer. In an overload refusing would take the time of what it does."""
 
     url: httpx.URL
     name: str = ""  # the URL it was found under

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from service.bench_api import exchange, field_of
+
 Body = dict[str, Any]
 
 
@@ -108,15 +110,12 @@ class Crowd:
         """Status, Retry-After and body."""
         reader, writer = await self._connection()
         try:
-            writer.write(request)
-            status, _, rest = (await reader.readuntil(b"\r\n\r\n")).lower().partition(b"\r\n")
-            fields = dict(line.split(b": ", 1) for line in rest.split(b"\r\n") if line)
-            content = await reader.readexactly(int(fields[b"content-length"]))
+            head, content = await exchange(reader, writer, request)
         except BaseException:
             writer.close()
             raise
         self._idle.append((reader, writer))
-        return int(status.split(b" ", 2)[1]), fields.get(b"retry-after", b"").decode(), content
+        return int(head.split(b" ", 2)[1]), field_of(head, b"retry-after").decode(), content
 
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         while self._idle:
