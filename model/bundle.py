@@ -8,6 +8,8 @@ Nothing in a bundle is executed: weights are safetensors, the rest JSON. Knows n
 import argparse
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +29,7 @@ from model.decoding.budget import measured_budget
 from model.decoding.catalog_index import CatalogIndex
 from model.decoding.filters import Attributes
 from model.decoding.list_decoder import ListDecoder
+from model.decoding.measurements import keep, kept
 from model.decoding.profile import Profile
 from model.decoding.request import ListRequest
 from model.decoding.strategies import Strategies, beams_of
@@ -142,12 +145,34 @@ class Bundle:
         k = min(10, len(popular) - length)
         return [ListRequest(f"golden-{i}", tuple(item.codes for item in items), k) for i, items in enumerate(histories)]
 
-    def warm_up(self, decoder: Strategies) -> None:
-        """Run every code path once, and measure the budget of each load and what passes over beams cost."""
-        golden = self.golden_requests(min(8, len(self.catalog.items)))
-        measured_budget(decoder.lists, golden, self.profile("draft"))
-        measured_plan(decoder.beams, beams_of(golden))
-        decoder.lists.freeze()
+    def warm_up(self, decoder: Strategies, measurements: Path | None = None) -> None:
+        """Measure the budget of each load and what passes over beams cost, running every code path. On a CPU what
+        `measurements` says of the same bundle, decoders and device is taken instead, and else what was found is left
+        there; a GPU's graphs have to be captured anyway. Raises OSError where it cannot be left: all else is done."""
+        golden, profile = self.golden_requests(min(8, len(self.catalog.items))), self.profile("draft")
+        lists, beams = decoder.lists, decoder.beams
+        if self.target.device.type != "cpu":
+            measurements = None
+        about = self._measured_here(decoder)
+        known = kept(measurements, about, lists, beams, profile) if measurements else None
+        found = known or (measured_budget(lists, golden, profile), measured_plan(beams, beams_of(golden)))
+        lists.budget, beams.plan = found
+        lists.freeze()
+        if measurements is not None and known is None:
+            keep(measurements, about, *found)
+
+    def _measured_here(self, decoder: Strategies) -> dict[str, Any]:
+        """What the numbers of a warm-up depend on."""
+        return {
+            "version": self.info.version,
+            "rows": len(decoder.lists.rows.held),
+            "max_k": decoder.lists.max_k,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.target.dtype),
+            "compiled": bool(self.target.native),
+            "torch": str(torch.__version__),
+            "machine": [platform.machine(), platform.processor(), os.cpu_count()],
+        }
 
     def profile(self, draft: str) -> Profile:
         """What the report says of a draft (`draft` or `draft-plain`); a guess when it says nothing."""

@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     shadow_percent: float = Field(
         0.0, ge=0, le=100, description="share of lists written again without speculation, to compare"
     )
+    measurements: Path | None = Field(
+        None, description="file in which a worker's warm-up leaves what it measured, for the one that takes its place"
+    )
     max_waiting: int = Field(128, ge=0, le=100_000, description="requests the worker lets wait")
     max_wait_ms: int = Field(10_000, ge=1, le=600_000, description="predicted wait the worker's line may reach")
 

@@ -115,7 +115,8 @@ class MeasuredPlan:
     """The cheapest by measured `costs` (by rows in a pass) and the catalog's shape: how likely a beam has a choice left
     at each depth (`deciding`), and how many decisions the `whole` sub-tree below it holds. There is `room` for so many
     nodes to ride along. A draft searches at most `width` beams, two codes deep, and brings the sub-trees below its
-    guesses: the codes after the second are nearly forced."""
+    guesses: the codes after the second are nearly forced. `seen`: of requests of about so many beams, drafts tried,
+    drafts that were right, and nodes they took."""
 
     costs: Mapping[int, Cost]
     deciding: Sequence[float]
@@ -125,7 +126,7 @@ class MeasuredPlan:
     name: str = "planner"
     draft_to: int = 2
     below: bool = True
-    _seen: dict[int, list[float]] = field(default_factory=dict)
+    seen: dict[int, list[float]] = field(default_factory=dict)
     _left: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _by_rows: dict[int, Cost] = field(default_factory=dict)
     _refused: int = 0
@@ -174,7 +175,7 @@ class MeasuredPlan:
     def _of(self, k: int) -> list[float]:
         """Drafts tried, drafts that were right, nodes they took, of requests of about `k` beams."""
         nodes = draft_beams(k, self.width) * sum(self.whole[2:3])
-        return self._seen.setdefault(k.bit_length(), [PRIOR, PRIOR / 2, PRIOR * nodes])
+        return self.seen.setdefault(k.bit_length(), [PRIOR, PRIOR / 2, PRIOR * nodes])
 
     def _cost(self, rows: int) -> Cost:
         """That of the smallest load measured which is no smaller."""

@@ -18,7 +18,7 @@ from model.bundle import load_bundle
 from model.decoding.beam_request import BeamResult, BeamStats
 from model.decoding.catalog_index import CatalogIndex
 from model.decoding.request import ListResult, RoundStats
-from model.decoding.strategies import Stats, beams_of
+from model.decoding.strategies import Stats, Strategies, beams_of
 from service import __version__
 from service.keys import Keys
 from service.metrics import WorkerMetrics, new_registry
@@ -53,11 +53,18 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
     served = Served(info.name, info.version, settings.max_k, info.max_history_items)
     registry = new_registry()
     metrics = WorkerMetrics(registry)
+
+    def warm_up(decoder: Strategies) -> None:
+        try:
+            bundle.warm_up(decoder, settings.measurements)
+        except OSError as exc:
+            logger.warning("what was measured cannot be kept", extra={"reason": str(exc)})
+
     engine = Engine(
         decoder,
         max_waiting=settings.max_waiting,
         observe=publisher(metrics, served.version),
-        warm_up=bundle.warm_up,
+        warm_up=warm_up,
         version=info.catalog_version,
         golden=[*golden, *beams_of(golden)],
         max_wait_seconds=settings.max_wait_ms / 1000,

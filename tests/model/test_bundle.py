@@ -13,7 +13,9 @@ from model.bundle import BundleError, load_bundle, main, save_manifest, verify
 from model.catalog import Catalog
 from model.decoding.beam_request import BeamRequest
 from model.decoding.beam_twin import BeamTwin
+from model.decoding.budget import LoadBudget
 from model.decoding.offline import decode_all
+from model.decoding.strategies import Strategies
 from model.semantic_id import Vocabulary
 
 
@@ -74,6 +76,31 @@ def test_a_bundle_warms_up_and_serves_lists_and_beams(bundle: Path) -> None:
     twin = BeamTwin(loaded.target, [item.codes for item in loaded.catalog.items], loaded.info.max_history_items)
     assert items["beam"] == [item.codes for item in twin.decode(BeamRequest("twin", asked.history, 7)).items]
     assert len(items["list"]) == 3
+
+
+def test_a_second_warm_up_takes_over_what_the_first_measured(bundle: Path, tmp_path: Path) -> None:
+    loaded, file = load_bundle(bundle), tmp_path / "measured.json"
+
+    def warmed(num_rows: int) -> Strategies:
+        both = loaded.strategies(num_rows=num_rows, max_k=10)
+        loaded.warm_up(both, file)
+        return both
+
+    first, second = warmed(2), warmed(2)
+    assert isinstance(first.lists.budget, LoadBudget) and isinstance(second.lists.budget, LoadBudget)
+    assert second.lists.budget.seconds == first.lists.budget.seconds
+    assert second.beams.plan == first.beams.plan
+    written = file.read_bytes()
+    other = warmed(3)  # other decoders: nothing is known of them
+    assert isinstance(other.lists.budget, LoadBudget) and max(other.lists.budget.seconds) == 3
+    assert file.read_bytes() != written
+    with pytest.raises(OSError, match="No such file"):
+        loaded.warm_up(other, tmp_path / "away" / "measured.json")
+    asked = loaded.golden_requests(3)
+    lists = [decode_all(both.lists, asked).results for both in (first, second, other)]
+    assert [[i.codes for i in r["golden-1"].items] for r in lists] == [
+        [i.codes for i in lists[0]["golden-1"].items]
+    ] * 3
 
 
 def test_golden_requests_ask_with_popular_items_and_are_always_the_same(bundle: Path) -> None:

@@ -27,7 +27,7 @@ def test_a_measured_decoder_is_idle_again_and_answers_as_before(tiny: Tiny, draf
     assert set(plan.costs) == {1, 4, 5}
     assert all(cost.each >= 0 and cost.node >= 0 and cost.each + cost.node > 0 for cost in plan.costs.values())
     assert all((cost.draft > 0) == drafting for cost in plan.costs.values())
-    assert bool(plan._seen) == drafting
+    assert bool(plan.seen) == drafting
     assert running.rows.num_free == 5
     running.rows.check_integrity()
     requests = some_requests(tiny, 12)

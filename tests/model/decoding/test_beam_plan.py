@@ -103,7 +103,7 @@ def test_a_draft_that_is_right_for_few_beams_is_not_thought_right_for_many() -> 
 def test_plans_keep_apart_what_they_have_seen() -> None:
     first = plan(DEAR_PASSES)
     first.observe(Seen(1, 5, hit=True))
-    assert replace(plan(DEAR_PASSES))._seen == {}
+    assert replace(plan(DEAR_PASSES)).seen == {}
     assert first.left(QUESTION.rows, QUESTION.k, 2) == pytest.approx(
         plan(DEAR_PASSES).left(QUESTION.rows, QUESTION.k, 2)
     )
@@ -113,7 +113,7 @@ def test_for_another_catalog_a_plan_keeps_what_it_learned_and_takes_the_catalogs
     first = plan(DEAR_PASSES)
     first.observe(Seen(1, 5, hit=False))
     other = first.over([1.0, 1.0, 1.0, 1.0], [900.0, 500.0, 90.0, 9.0])
-    assert other._seen == first._seen and other.costs == first.costs
+    assert other.seen == first.seen and other.costs == first.costs
     assert other.left(QUESTION.rows, QUESTION.k, 2) > first.left(QUESTION.rows, QUESTION.k, 2)
     assert ATSPEED.over([1.0], [1.0]) is ATSPEED
 
