@@ -17,7 +17,8 @@ from service.api.catalog import Catalog
 from service.api.recommender import Recommender
 from service.api.redis_cache import RedisCache
 from service.api.routes import add_schemas, recommend_routes
-from service.api.worker_client import WorkerClient, addresses
+from service.api.worker_client import WorkerClient, addresses, as_named
+from service.api.worker_transport import WorkerTransport
 from service.keys import Keys, KeysError
 from service.metrics import ApiMetrics, new_registry
 from service.middleware import Admission, Door, cancel, install_errors
@@ -42,10 +43,8 @@ def create_app(
     redis = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
     cache = RedisCache(redis, metrics)
     catalog = Catalog(cache, settings, metrics)
-    if worker_transport is not None:
-        workers = WorkerClient(worker_transport, settings, metrics)
-    else:
-        workers = WorkerClient(_transport(settings), settings, metrics, addresses, lambda: _transport(settings))
+    transport = worker_transport or WorkerTransport()
+    workers = WorkerClient(transport, settings, metrics, as_named if worker_transport else addresses)
     recommender = Recommender(catalog, workers, settings, metrics)
     spans = Spans(settings, "padrec-api", __version__, metrics)
     admission = Admission(settings.max_in_flight, drain, metrics)
@@ -54,7 +53,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(cache.close)
-            stack.push_async_callback(workers.close)
+            stack.push_async_callback(transport.aclose)
             stack.push_async_callback(spans.close)
             stack.enter_context(metrics_server(settings.host, settings.metrics_port, registry))
             await catalog.start()
@@ -110,10 +109,3 @@ def _keys(settings: Settings) -> Keys | None:
         return Keys.of_file(settings.api_keys_file) if settings.api_keys_file else None
     except KeysError as exc:
         raise SettingsError(f"setting 'api_keys_file' (PADREC_API_KEYS_FILE): {exc}") from exc
-
-
-def _transport(settings: Settings) -> httpx.AsyncHTTPTransport:
-    most = settings.max_in_flight
-    # Few are kept idle: for every request the pool asks each of those whether it is still open.
-    limits = httpx.Limits(max_connections=most + 8, max_keepalive_connections=16, keepalive_expiry=30.0)
-    return httpx.AsyncHTTPTransport(limits=limits)
