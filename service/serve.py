@@ -28,6 +28,7 @@ logger = logging.getLogger("padrec.serve")
 
 LOOPBACK = "127.0.0.1"
 NEXT_FREE = range(8000, 8100)
+WORKER_NICENESS = 5  # who answers goes before who computes: on shared cores refusals would wait for lists
 
 
 class Service(NamedTuple):
@@ -106,7 +107,9 @@ class _Plan:
     def start_worker(self, given: int = subprocess.DEVNULL, *flags: str) -> subprocess.Popen[bytes]:
         # Nobody but our API asks this worker, and that has stopped before: it need not wait to be noticed.
         flags = ("--drain-seconds", "0", "--metrics-port", "0", *flags)
-        return self._start("worker", LOOPBACK, self.worker_port, given, *flags)
+        process = self._start("worker", LOOPBACK, self.worker_port, given, *flags)
+        os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + WORKER_NICENESS)
+        return process
 
     def start_spare(self) -> subprocess.Popen[bytes]:
         return self.start_worker(subprocess.PIPE, "--spare")
@@ -127,6 +130,7 @@ class _Plan:
             "PADREC_REDIS_URL": self.redis_url,
             "PADREC_WORKER_URLS": f"http://{LOOPBACK}:{self.worker_port}",
             "PADREC_CATALOG_FILE": str(self.catalog_file),
+            "PADREC_MEASUREMENTS": str(self.settings.measurements or self.private / "measurements.json"),
         }
 
     def announce(self) -> None:

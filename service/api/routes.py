@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -44,13 +44,19 @@ def recommend_routes(recommender: Recommender, admission: Admission, settings: S
     """POST /v1/recommend, its alias, and /v1/recommend/batch."""
     router = APIRouter(tags=["recommend"])
 
-    async def answer(wanted: RecommendRequest, ticket: Ticket, limits: Iterable[int | None], part: str = "") -> Any:
-        """One request's answer. `part` tells requests of one ticket apart."""
+    def answer(
+        wanted: RecommendRequest, ticket: Ticket, limits: Iterable[int | None], part: str = ""
+    ) -> Coroutine[Any, Any, RecommendResponse]:
+        """One request's answer, to be awaited; what is refused at sight is refused here. `part` tells requests of one
+        ticket apart."""
         allowed = (wanted.deadline_ms or settings.deadline_ms, *limits)
         deadline = ticket.started + min(ms for ms in allowed if ms is not None) / 1000
-        if time.monotonic() >= deadline and wanted.fallback == "none":
-            raise DeadlinePassed("The deadline passed before the work began.")
-        return await recommender.recommend(
+        if wanted.fallback == "none":
+            if time.monotonic() >= deadline:
+                raise DeadlinePassed("The deadline passed before the work began.")
+            if wanted.history:
+                recommender.workers.refuse_if_full(deadline)
+        return recommender.recommend(
             wanted,
             request_id=ticket.request_id + part,
             internal_id=ticket.internal_id + part,

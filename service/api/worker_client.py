@@ -7,6 +7,7 @@ alone for a while. Knows no item IDs and no fallbacks.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import random
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 
 from service import tracing
 from service.errors import (
+    Busy,
     CatalogMismatch,
     DeadlinePassed,
     FieldError,
@@ -34,10 +36,12 @@ from service.settings import Settings
 
 POLL_TIMEOUT_SECONDS = 1.0
 CONNECT_TIMEOUT_SECONDS = 0.25
+AWAY_POLL_SECONDS = 0.1
 EJECT_AFTER_FAILURES = 3  # in a row
 EJECT_SECONDS = 1.0  # the first time; twice as long every further time, up to the most
 EJECT_MOST_SECONDS = 30.0
-FULL_SECONDS = 0.25  # after a refusal
+FULL_SECONDS = 0.1  # longer than a refusal takes to arrive, or more would be sent into it
+FULL_FORGOTTEN_SECONDS = 1.0
 FULL_SHARE = 1.1  # of the time the refused request had left: others have had a little less of theirs spent
 _JSON = {"content-type": "application/json"}
 
@@ -64,9 +68,9 @@ async def as_named(host: str, port: int) -> list[str]:
 class Worker:
     """What we know of one worker. `up` is None until it has been heard of; while `avoid`, asking it would only cost
     time: it hangs, warms up or drains. `others` is how many requests of others it reported; `failures` of ours in a
-    row; until `ejected_until` (`time.monotonic()`) it is asked only where there is nobody else. It has refused a
-    request with `full_seconds` left while it had `full_at` others of ours: until `full_until` it is not asked for
-    another like that before it has fewer. In an overload refusing would take the time of what it does."""
+    row; until `ejected_until` (`time.monotonic()`) it is asked only where there is nobody else. At `refused_at` it has
+    refused a request with `full_seconds` left: it is not given more than `full_at` of ours, and `full_step` more where
+    nothing has changed by `full_until`."""
 
     url: httpx.URL
     name: str = ""  # the URL it was found under
@@ -78,9 +82,11 @@ class Worker:
     failures: int = 0
     ejections: int = 0
     ejected_until: float = 0.0
-    full_until: float = 0.0
+    refused_at: float = float("-inf")
     full_seconds: float = 0.0
     full_at: int = 0
+    full_step: int = 1
+    full_until: float = 0.0
     retry_after: float = 1.0
 
     _paths: dict[str, httpx.URL] = field(default_factory=dict)
@@ -90,9 +96,27 @@ class Worker:
         return self.in_flight + self.others
 
     def refuses(self, remaining: float) -> bool:
-        """Whether it would refuse a request that has so many seconds left."""
-        like_that = remaining <= self.full_seconds and self.in_flight >= self.full_at
-        return like_that and time.monotonic() < self.full_until
+        """Whether it would refuse, for all we know, a request that has so many seconds left.
+
+        In an overload refusing would take the time of what it does. So it is given no more than it had when it refused
+        one like that, then one more every FULL_SECONDS, two more, four more: what it can do is found again soon, and
+        no crowd rushes in when we have been late ourselves."""
+        now = time.monotonic()
+        recent = now < self.refused_at + FULL_FORGOTTEN_SECONDS
+        return recent and remaining <= self.full_seconds and self.in_flight >= self.full_at and now < self.full_until
+
+    def begin(self, remaining: float) -> None:
+        """Count a request that is sent to it with so many seconds left."""
+        if self.in_flight >= self.full_at and remaining <= self.full_seconds:
+            self.full_at, self.full_until = self.in_flight + self.full_step, time.monotonic() + FULL_SECONDS
+            self.full_step *= 2
+        self.in_flight += 1
+
+    def refused(self, remaining: float, retry_after: float) -> None:
+        """Note that it is full for a request that had so many seconds left and is still counted."""
+        self.refused_at = time.monotonic()
+        self.full_seconds, self.full_until = FULL_SHARE * remaining, self.refused_at + FULL_SECONDS
+        self.full_at, self.full_step, self.retry_after = self.in_flight - 1, 1, retry_after
 
     def at(self, path: str) -> httpx.URL:
         """Its URL with `path`, made once: it costs more than the rest of a request."""
@@ -114,10 +138,7 @@ class WorkerClient:
         settings: Settings,
         metrics: ApiMetrics,
         resolve: Resolve = as_named,
-        renew: Callable[[], httpx.AsyncBaseTransport] | None = None,
     ) -> None:
-        """`renew` makes another transport for one that has run out of connections."""
-        self._renew = renew
         self._names = [httpx.URL(url) for url in settings.worker_urls]
         self.workers = [Worker(url, str(url)) for url in self._names]
         self._resolve = resolve
@@ -140,16 +161,15 @@ class WorkerClient:
     async def generate(self, request: GenerateRequest, deadline: float) -> GenerateResponse:
         """The answer of one worker, before `deadline` (`time.monotonic()` seconds).
 
-        Raises WorkerUnavailable, Overloaded, CatalogMismatch, DeadlinePassed or Invalid.
+        Raises WorkerUnavailable, Busy (Overloaded where for want of room), CatalogMismatch, DeadlinePassed or Invalid.
         """
         remaining = deadline - time.monotonic()
         worker = self._choose(request.catalog_version, None, remaining)
         if worker.refuses(remaining):
-            self._metrics.rejections.labels("worker").inc()
-            raise Overloaded("Every worker is busy.", retry_after=worker.retry_after)
+            raise self._full(worker)
         try:
             return await self._ask(worker, request, deadline)
-        except (WorkerUnavailable, Overloaded) as exc:
+        except (WorkerUnavailable, Busy) as exc:
             remaining = deadline - time.monotonic()
             other = self._second_choice(worker, exc, request.catalog_version, remaining)
             if other is None or other.refuses(remaining) or remaining <= 0:
@@ -157,18 +177,39 @@ class WorkerClient:
             self._metrics.worker_retries.labels(exc.slug).inc()
             return await self._ask(other, request, deadline)
 
+    def refuse_if_full(self, deadline: float) -> None:
+        """Raises Overloaded where a request of this deadline would be refused for want of room: known before anything
+        of it has been looked up."""
+        remaining = deadline - time.monotonic()
+        with contextlib.suppress(WorkerUnavailable):
+            worker = self._choose(None, None, remaining)
+            if worker.refuses(remaining):
+                raise self._full(worker)
+
+    def _full(self, worker: Worker) -> Overloaded:
+        self._metrics.rejections.labels("worker").inc()
+        return Overloaded("Every worker is busy.", retry_after=worker.retry_after)
+
     async def poll(self) -> None:
-        """Look who there is and ask every worker how it is, for ever."""
+        """Look who there is and ask every worker how it is, for ever; one that is away or warming up is wanted back
+        soon, and asked more often."""
+        due = time.monotonic()
         while True:
             try:
-                await self.discover()
-                await self.look_at_all()
+                if time.monotonic() >= due:
+                    due = time.monotonic() + self._poll_seconds
+                    await self.discover()
+                    await self.look_at_all()
+                else:
+                    await asyncio.gather(*(self.look_at(worker) for worker in self._away))
             except Exception:
                 logger.exception("the workers could not be looked at")
-            await asyncio.sleep(self._poll_seconds)
+            rest = max(0.0, due - time.monotonic())
+            await asyncio.sleep(min(rest, AWAY_POLL_SECONDS) if self._away else rest)
 
-    async def close(self) -> None:
-        await self._transport.aclose()
+    @property
+    def _away(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.avoid or not worker.up]
 
     async def discover(self) -> None:
         """Bring the workers in line with the addresses of their names. A name that cannot be resolved keeps those it
@@ -209,7 +250,7 @@ class WorkerClient:
 
     async def look_at(self, worker: Worker) -> None:
         """Refresh what we know of one worker."""
-        ours, asked = worker.in_flight, self._transport
+        ours = worker.in_flight
         try:
             ready, info = await asyncio.gather(
                 *(self._exchange("GET", worker, path, POLL_TIMEOUT_SECONDS) for path in ("/readyz", "/info"))
@@ -222,19 +263,12 @@ class WorkerClient:
                 worker.ejected_until = 0.0
             worker.info, worker.others = seen, max(0, seen.in_flight + seen.waiting - ours)
             self._mark(worker, up=ready.status_code == 200, avoid=ready.status_code != 200)
-        except httpx.PoolTimeout:
-            self._mark(worker, up=False, avoid=True)
-            # There are more connections than requests: requests given up in an overload have left theirs behind for
-            # good. What still runs on the old ones ends there.
-            if self._renew is not None and self._transport is asked:
-                self._transport = self._renew()
-                logger.error("out of connections to the workers; they are made anew")
         except httpx.TimeoutException:
             self._mark(worker, up=False, avoid=True)
         except (httpx.HTTPError, ValidationError):
             self._mark(worker, up=False)
 
-    def _choose(self, catalog_version: str, but: Worker | None, remaining: float) -> Worker:
+    def _choose(self, catalog_version: str | None, but: Worker | None, remaining: float) -> Worker:
         # One that refuses connections may be asked: that costs nothing and finds it again at once.
         able = [w for w in self.workers if w is not but and not w.avoid]
         if not able:
@@ -243,7 +277,8 @@ class WorkerClient:
         now = time.monotonic()
 
         def cost(worker: Worker) -> tuple[bool, bool, bool, bool, int, float]:
-            other = worker.info is not None and worker.info.catalog_version != catalog_version
+            served = worker.info.catalog_version if worker.info else None
+            other = None not in (catalog_version, served) and served != catalog_version
             left_alone = now < worker.ejected_until
             # By lot among equals: many API processes must not all take the same one.
             return worker.up is False, left_alone, other, worker.refuses(remaining), worker.load, random.random()
@@ -251,7 +286,7 @@ class WorkerClient:
         return min(able, key=cost)
 
     def _second_choice(
-        self, first: Worker, exc: WorkerUnavailable | Overloaded, catalog_version: str, remaining: float
+        self, first: Worker, exc: WorkerUnavailable | Busy, catalog_version: str, remaining: float
     ) -> Worker | None:
         if len(self.workers) > 1:
             try:
@@ -259,27 +294,24 @@ class WorkerClient:
             except WorkerUnavailable:
                 return None
         # Asking a full worker again at once would only add to its load.
-        return None if isinstance(exc, Overloaded) or first.avoid else first
+        return None if isinstance(exc, Busy) or first.avoid else first
 
     async def _ask(self, worker: Worker, request: GenerateRequest, deadline: float) -> GenerateResponse:
         remaining = deadline - time.monotonic()
         if remaining <= 0.001:
             raise DeadlinePassed("The deadline passed before a worker could be asked.")
         body = request.model_copy(update={"deadline_ms": max(1, int(remaining * 1000))})
-        worker.in_flight += 1
+        worker.begin(remaining)
         try:
             async with asyncio.timeout(remaining):
                 content = body.model_dump_json(exclude_unset=True, warnings=False)  # tuples for lists
                 reply = await self._exchange("POST", worker, "/generate", remaining, content)
-            try:
-                answer = self._read(worker, reply, request)
-            except Overloaded as exc:
-                if _is_full(reply):
-                    worker.full_until, worker.full_seconds = time.monotonic() + FULL_SECONDS, FULL_SHARE * remaining
-                    worker.full_at, worker.retry_after = worker.in_flight - 1, exc.retry_after or 1.0
-                raise
+            answer = self._read(worker, reply, request)
             worker.failures = worker.ejections = 0
             return answer
+        except Overloaded as exc:
+            worker.refused(remaining, exc.retry_after or 1.0)
+            raise
         except WorkerUnavailable:
             self._failed(worker)
             raise
@@ -352,15 +384,9 @@ class WorkerClient:
         self._metrics.worker_up.labels(str(worker.url)).set(up)
 
 
-def _is_full(refusal: httpx.Response) -> bool:
-    """Whether it was for what the worker has to do already: what drains and what failed alone is refused as well."""
-    problem = refusal.json()
-    return isinstance(problem, dict) and str(problem.get("type")).endswith(f":{Overloaded.slug}")
-
-
 def _translated(
     reply: httpx.Response,
-) -> WorkerUnavailable | Overloaded | CatalogMismatch | DeadlinePassed | Invalid:
+) -> WorkerUnavailable | Busy | CatalogMismatch | DeadlinePassed | Invalid:
     """A worker's refusal in our words."""
     try:
         problem = reply.json()
@@ -373,7 +399,8 @@ def _translated(
         return WorkerUnavailable("The worker's refusal makes no sense.")
     if reply.status_code == 503:
         retry_after = reply.headers.get("retry-after", "1")
-        return Overloaded(
+        full = isinstance(problem, dict) and str(problem.get("type")).endswith(f":{Overloaded.slug}")
+        return (Overloaded if full else Busy)(  # what drains and what failed alone is refused as well
             "Every worker is busy.",
             retry_after=float(retry_after) if retry_after.isdecimal() else 1.0,
         )

@@ -24,6 +24,7 @@ logger = logging.getLogger("padrec.engine")
 
 MAX_PREFILL = 4  # prompts read between two rounds: a burst of arrivals must not stall the lists being written
 HEARTBEAT_SECONDS = 5.0
+DOUBT = 1.3  # a stay may take so many times what is predicted: a list that comes late is work for nothing
 TRY_SECONDS = 1.0  # between requests that are tried although they are predicted to be late
 LINGER_SECONDS = 10.0  # a replaced edition takes requests for so long: API processes learn of the new one by and by
 
@@ -253,7 +254,7 @@ class Engine:
             reason = "queue"
         elif wait > self.max_wait_seconds:
             reason = "work"
-        elif others and now + wait + self.pace.stay(request, min(self.num_rows, others + 1)) > request.deadline:
+        elif others and now + wait + DOUBT * self.pace.stay(request, min(self.num_rows, others + 1)) > request.deadline:
             # Also with a row free: one row too many makes every list late. Not by prediction alone: now and then a
             # request is tried, or a wrong prediction would last for ever.
             if wait or now < self._tried + TRY_SECONDS:

@@ -1,6 +1,7 @@
 """A process takes SIGTERM well: unready, still serving, then gone with status 0; taken ports are named."""
 
 import asyncio
+import gc
 import signal
 import socket
 import subprocess
@@ -96,7 +97,22 @@ async def test_draining_goes_through_its_stages(signals: int) -> None:
             server.handle_exit(signal.SIGTERM, None)
         assert (drain.unready, drain.refusing) == (True, False)
         await asyncio.wait_for(serving, 5)
+    gc.unfreeze()
     assert drain.refusing == (signals == 1)
+
+
+async def test_what_is_there_at_the_start_is_not_walked_through_again_by_the_collector() -> None:
+    """A walk through all that was imported halts every request for longer than it takes to answer one."""
+    server = DrainingServer(uvicorn.Config(FastAPI(), log_config=None, lifespan="on"), Drain(), load_settings())
+    with bind("127.0.0.1", 0) as listener:
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            await until(lambda: server.started)
+            assert len(gc.get_objects()) < gc.get_freeze_count() / 10
+        finally:
+            server.should_exit = True
+            await asyncio.wait_for(serving, 5)
+            gc.unfreeze()
 
 
 async def test_a_signal_before_it_serves_ends_it_at_once() -> None:

@@ -10,11 +10,18 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.api.worker_client import EJECT_AFTER_FAILURES, FULL_SECONDS, WorkerClient, addresses
-from service.errors import CatalogMismatch, DeadlinePassed, Overloaded, PadrecError, WorkerUnavailable
+from service.api.worker_client import (
+    AWAY_POLL_SECONDS,
+    EJECT_AFTER_FAILURES,
+    FULL_FORGOTTEN_SECONDS,
+    FULL_SECONDS,
+    WorkerClient,
+    addresses,
+)
+from service.errors import Busy, CatalogMismatch, DeadlinePassed, Overloaded, PadrecError, WorkerUnavailable
 from service.metrics import ApiMetrics
 from service.schemas import GenerateRequest, GenerateResponse
-from tests.service.wire import OTHER_VERSION, VERSION, TinyWorker, Workers, api_settings, codes_of
+from tests.service.wire import OTHER_VERSION, VERSION, TinyWorker, Workers, api_settings, codes_of, until
 
 
 @asynccontextmanager
@@ -103,38 +110,64 @@ async def test_a_full_worker_is_not_asked_for_more_of_the_same_before_it_has_les
         assert (await generate(client)).items
 
 
-async def test_an_api_that_has_run_out_of_connections_makes_new_ones() -> None:
-    """Requests given up while a pool is busy may leave their connections in it for ever."""
+async def test_a_worker_that_was_full_is_found_free_again_step_by_step_and_no_crowd_rushes_in() -> None:
+    worker = TinyWorker(status=503)
+    running: list[asyncio.Task[GenerateResponse]] = []
 
-    class Used(httpx.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            raise httpx.PoolTimeout("none left", request=request)
+    async def crowd(size: int) -> int:
+        """How many of so many at once are sent on."""
+        tasks = [asyncio.create_task(generate(client)) for _ in range(size)]
+        await asyncio.sleep(0.02)
+        running.extend(task for task in tasks if not task.done())
+        assert all(isinstance(task.exception(), Overloaded) for task in tasks if task.done())
+        return sum(not task.done() for task in tasks)
 
-    fresh = Workers(a=TinyWorker(), b=TinyWorker())
-    made: list[int] = []
-
-    def renew() -> httpx.AsyncBaseTransport:
-        made.append(1)
-        return fresh
-
-    settings = api_settings(worker_urls="http://a,http://b")
-    client = WorkerClient(Used(), settings, ApiMetrics(CollectorRegistry()), renew=renew)
-    async with fresh:
-        await client.look_at_all()
-        assert not client.any_up
-        assert len(made) == 1
-        await client.look_at_all()
-        assert client.any_up
-        assert (await generate(client)).items
+    async with client_of(Workers(a=worker), "a") as client:
+        with pytest.raises(Overloaded):
+            await generate(client)
+        worker.status, worker.delay = 200, 0.8
+        taken = []
+        for _ in range(4):
+            await asyncio.sleep(FULL_SECONDS)
+            taken.append(await crowd(20))
+        assert taken == [1, 2, 4, 8]
+        # What has refused nothing for a while is not held back at all.
+        await asyncio.sleep(FULL_FORGOTTEN_SECONDS)
+        assert await crowd(20) == 20
+        await asyncio.gather(*running)
 
 
 async def test_a_request_that_fails_alone_does_not_make_its_worker_full() -> None:
     worker = TinyWorker(status=503, problem="urn:padrec:problem:worker-unavailable")
     async with client_of(Workers(a=worker), "a") as client:
-        with pytest.raises(Overloaded):
+        with pytest.raises(Busy) as refused:
             await generate(client)
+        assert not isinstance(refused.value, Overloaded)
         worker.status = 200
         assert (await generate(client)).items
+
+
+async def test_a_worker_that_is_away_is_looked_at_more_often_than_the_others() -> None:
+    polls: list[str] = []
+
+    class Counted(Workers):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            polls.append(request.url.host)
+            return await super().handle_async_request(request)
+
+    network = Counted(b=TinyWorker())
+    settings = api_settings(worker_urls="http://a,http://b", poll_seconds=60)
+    client = WorkerClient(network, settings, ApiMetrics(CollectorRegistry()))
+    async with network:
+        polling = asyncio.create_task(client.poll())
+        await until(lambda: polls.count("a") >= 6)
+        assert [worker.up for worker in client.workers] == [False, True]
+        network.apps["a"] = TinyWorker()
+        await until(lambda: all(worker.up for worker in client.workers), 2)
+        seen = len(polls)
+        await asyncio.sleep(3 * AWAY_POLL_SECONDS)
+        polling.cancel()
+    assert polls.count("b") == 2 and len(polls) == seen
 
 
 async def test_of_two_workers_the_one_that_is_not_full_is_asked() -> None:

@@ -14,6 +14,7 @@ from model.decoding.list_decoder import ListDecoder
 from model.decoding.request import InvalidRequest, ListRequest, ListResult, RoundStats
 from model.decoding.topology import Budget, FixedBudget
 from service.worker.engine import (
+    DOUBT,
     DeadlineExceeded,
     Edition,
     EditionRefused,
@@ -216,6 +217,22 @@ def test_a_row_too_many_that_would_make_everybody_late_is_refused_and_tried_now_
         time.sleep(0.25)
         engine.submit(request(tiny, "tried again", 20, time.monotonic() + 0.05))
         assert second.result(timeout=30).items
+
+
+def test_a_request_that_would_only_just_be_in_time_is_refused(tiny: Tiny) -> None:
+    """Predictions are sometimes wrong, and a list that comes late has cost as much as one in time."""
+    golden = [request(tiny, "golden", 10)]
+    with running(decoder(tiny, SlowDecoder, num_rows=3), golden=golden) as (engine, _):
+        first = engine.submit(request(tiny, "first", 20))
+        until(lambda: engine.status().running == 1)
+        tried = engine.submit(request(tiny, "tried", 20, time.monotonic() + 0.01))
+        with pytest.raises(DeadlineExceeded):
+            tried.result(timeout=5)
+        stay = engine.pace.stay(request(tiny, "another", 20), 2)
+        with pytest.raises(EngineOverloaded, match="deadline"):
+            engine.submit(request(tiny, "close", 20, time.monotonic() + (1 + DOUBT) / 2 * stay))
+        engine.submit(request(tiny, "well", 20, time.monotonic() + 10 * stay)).result(timeout=30)
+        assert first.result(timeout=30).items
 
 
 def test_the_line_is_bounded_in_work_too(tiny: Tiny) -> None:
