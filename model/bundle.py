@@ -6,6 +6,7 @@ Nothing in a bundle is executed: weights are safetensors, the rest JSON. Knows n
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -162,7 +163,7 @@ class Bundle:
             keep(measurements, about, *found)
 
     def _measured_here(self, decoder: Strategies) -> dict[str, Any]:
-        """What the numbers of a warm-up depend on."""
+        """What the numbers of a warm-up depend on, but for the code: a file does not outlive a release."""
         return {
             "version": self.info.version,
             "rows": len(decoder.lists.rows.held),
@@ -171,13 +172,22 @@ class Bundle:
             "dtype": str(self.target.dtype),
             "compiled": bool(self.target.native),
             "torch": str(torch.__version__),
-            "machine": [platform.machine(), platform.processor(), os.cpu_count()],
+            "machine": [platform.machine(), _processor(), len(os.sched_getaffinity(0))],
         }
 
     def profile(self, draft: str) -> Profile:
         """What the report says of a draft (`draft` or `draft-plain`); a guess when it says nothing."""
         slots, known = self.trie.num_levels, self.info.report.get(draft, {}).get("profile")
         return Profile.guess(slots) if known is None else Profile.from_dict(known, slots)
+
+
+def _processor() -> str:
+    """What the processor calls itself; nothing where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def save_manifest(folder: Path, name: str, vocabulary: Vocabulary, max_history_items: int) -> dict[str, Any]:

@@ -156,7 +156,13 @@ class CatalogUnavailable(Unavailable):
 
 
 class WorkerUnavailable(Unavailable):
+    """`refused`: it says so itself, which is no failure of its own, and it would say so again."""
+
     slug, title = "worker-unavailable", "Worker unavailable"
+
+    def __init__(self, detail: str, *, retry_after: float = 1.0, refused: bool = False) -> None:
+        super().__init__(detail, retry_after=retry_after)
+        self.refused = refused
 
 
 class Busy(Unavailable):

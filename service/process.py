@@ -19,6 +19,8 @@ from fastapi import FastAPI
 from service.probes import Drain
 from service.settings import Settings, SettingsError
 
+CLOSING_SECONDS = 2  # for connections, after all requests have had `finish_seconds`
+
 logger = logging.getLogger("padrec.process")
 
 
@@ -83,7 +85,7 @@ def run_app(
         http="httptools",
         ws="none",
         timeout_keep_alive=75,  # longer than any client of ours keeps an idle connection
-        timeout_graceful_shutdown=max(1, round(settings.finish_seconds)),
+        timeout_graceful_shutdown=CLOSING_SECONDS,
     )
     sockets = [listener or bind(settings.host, settings.port)]
     DrainingServer(config, drain, settings).run(sockets)

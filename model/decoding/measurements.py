@@ -1,11 +1,12 @@
 """What a warm-up measured, kept in a file for the next process that is to serve the same in the same place.
 
-That one begins sooner, and with numbers from a quiet moment: a worker that takes another's place under load would
-measure the load. What cannot be read, or is of something else, is measured anew. Knows numbers and JSON; no tensors.
+That one begins sooner, and does not measure the load it comes into: the first of them began before there was any. What
+cannot be read, or is of something else, is measured anew. Knows numbers and JSON; no tensors.
 """
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def keep(path: Path, about: Mapping[str, Any], budget: LoadBudget, plan: Measure
         "passes": [[load, *cost] for load, cost in plan.costs.items()],
         "drafts": [[size, *found] for size, found in plan.seen.items()],
     }
-    half = path.with_name(f"{path.name}.part")
+    half = path.with_name(f"{path.name}.{os.getpid()}")  # another process may do the same
     half.write_text(json.dumps(document))
     half.replace(path)
 
@@ -50,7 +51,7 @@ def kept(
         if not passes or any(len(found) != 3 or not found[0] for found in drafts.values()):
             return None
         budget = LoadBudget(seconds, profile, prompt, lists.trie.decisions_per_item)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         return None
     tree = beams.tree
     return budget, MeasuredPlan(passes, tree.deciding, tree.whole, beams.draft_width, beams.max_nodes, seen=drafts)

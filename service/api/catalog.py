@@ -2,7 +2,8 @@
 
 Look-ups go to a local LRU, then to Redis in one round trip, then to the durable copy if there is one. Every value is
 checked on the way in: a damaged or missing entry is taken from the copy, written back and counted, never served.
-Knows no requests: it maps IDs of one pinned catalog version.
+A Redis that has lost the version knows nothing of it, which is not the same as an item that does not exist. Knows no
+requests: it maps IDs of one pinned catalog version.
 """
 
 import asyncio
@@ -163,6 +164,7 @@ class CatalogVersion:
             raws = await self._redis.read_fields(kind, by_key)
         except RedisDown:
             raws = None
+        lost = raws is None or (None in raws and self._copy is None and not await self._stored())
         repairs: list[tuple[str, bytes, bytes]] = []
         counts = dict.fromkeys(("hit", "miss", "corrupt", "error"), 0)
         for i, name in enumerate(names):
@@ -180,7 +182,7 @@ class CatalogVersion:
             if spare is not None:
                 mapped.found[key] = decode(spare)
                 repairs.append((self._key(kind, name), name, seal(name, spare)))
-            elif result == "miss" or self._copy is not None:
+            elif self._copy is not None or (result == "miss" and not lost):
                 mapped.unknown.append(key)
             else:
                 mapped.unread.append(key)
@@ -188,6 +190,13 @@ class CatalogVersion:
             self._count("redis", kind, result, amount)
         if repairs and raws is not None:
             await self._repair(repairs)
+
+    async def _stored(self) -> bool:
+        """Whether Redis has this version at all."""
+        try:
+            return (await self._redis.get(meta_key(self.version)))[0] is not None
+        except RedisDown:
+            return False
 
     def _spare(self, kind: str, name: bytes) -> bytes | None:
         """The value the durable copy has for a field."""

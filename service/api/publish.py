@@ -55,9 +55,11 @@ async def publish(catalog_file: Path, redis_url: str, *, same_codebooks: bool = 
                     f"its codebooks have {list(catalog.header.codebook_sizes)} codes, those of the active version "
                     f"{active.version} {list(active.codebook_sizes)}: it needs a bundle of its own"
                 )
-        await write(client, catalog)
-        await check(client, catalog)
         version = catalog.header.version
+        await write(client, catalog)
+        if await _stock_is_known(client, previous):
+            await _write_stock(client, catalog.header)
+        await check(client, catalog)
         if previous not in (None, version.encode()):
             await client.set(PREVIOUS_KEY, previous)
         await client.set(ACTIVE_KEY, version)
@@ -116,7 +118,6 @@ async def write(client: Client, catalog: CatalogFile) -> None:
     popular = [item.document() for item in catalog.by_popularity[:NUM_POPULAR]]
     await client.set(popular_key(header.version), dump_sealed({"items": popular}))
     await client.set(meta_key(header.version), dump_sealed(header.document()))
-    await _write_stock(client, header)
 
 
 async def check(client: Client, catalog: CatalogFile) -> None:
@@ -144,6 +145,13 @@ def _buckets(catalog: CatalogFile) -> dict[str, dict[Any, Any]]:
         for kind, field, value in catalog.header.entries(item):
             buckets.setdefault(catalog.header.key(kind, field), {})[field] = seal(field, value)
     return buckets
+
+
+async def _stock_is_known(client: Client, active: bytes | None) -> bool:
+    """Whether Redis has ever been told what is out of stock. One that has lost its data has not: what running processes
+    were told is all that is known, and must not be taken back."""
+    keys = [OUT_OF_STOCK_KEY] if active is None else [OUT_OF_STOCK_KEY, stock_key(_version(active))]
+    return any([await client.exists(key) for key in keys])  # one by one: in a cluster they lie on several servers
 
 
 async def _write_stock(client: Client, header: CatalogHeader) -> int:

@@ -15,10 +15,10 @@ from service.api.popular import check_filters, most_popular
 from service.api.worker_client import WorkerClient
 from service.catalog_codec import Codes
 from service.errors import (
-    Busy,
     CatalogMismatch,
     CatalogUnavailable,
     DeadlinePassed,
+    Overloaded,
     PadrecError,
     WorkerUnavailable,
 )
@@ -100,7 +100,7 @@ class Recommender:
         check_filters(request.filters, catalog.header.attributes)
         try:
             return await self._from_model(work)
-        except (WorkerUnavailable, Busy, DeadlinePassed, CatalogMismatch) as exc:
+        except (WorkerUnavailable, Overloaded, DeadlinePassed, CatalogMismatch) as exc:
             if request.fallback == "none":
                 raise _refusal(exc) from exc
             work.degrade(_code(exc))
@@ -300,7 +300,7 @@ def _code(exc: PadrecError) -> str:
         return "catalog_mismatch"
     if isinstance(exc, DeadlinePassed):
         return "deadline"
-    return "worker_overloaded" if isinstance(exc, Busy) else "worker_unavailable"
+    return "worker_overloaded" if isinstance(exc, Overloaded) else "worker_unavailable"
 
 
 def _refusal(exc: PadrecError) -> PadrecError:

@@ -29,6 +29,9 @@ from service.strict_json import parse
 
 MAX_NAMED_VALUES = 1000  # categories of an attribute that the documentation names
 
+# A batch has the outcome of its worst part.
+_WORST_FIRST = ("error", "deadline", "rejected", "cancelled", "fallback", "degraded", "ok")
+
 _PROBLEMS = {
     400: "The body is not strict UTF-8 JSON",
     408: "The body did not arrive in time",
@@ -72,7 +75,8 @@ def recommend_routes(recommender: Recommender, admission: Admission, settings: S
 
         An empty or unknown history is answered with popular items. When the model cannot answer before the
         deadline (`deadline_ms` or the header X-Request-Timeout-Ms, the smaller wins), popular items are returned
-        and `degraded` says why, unless `fallback` is `none`.
+        and `degraded` says why, unless `fallback` is `none`: such a request is refused at once where the workers are
+        known to be full, whatever else it holds.
         """
         ticket: Ticket = request.state.ticket
         with admission.admit():
@@ -94,19 +98,24 @@ def recommend_routes(recommender: Recommender, admission: Admission, settings: S
             batch = validate(RecommendBatch, await read(request))
             limits = (batch.deadline_ms, header_deadline_ms(request))
 
+            outcomes: list[str] = []
+
             async def result(index: int, document: Any) -> BatchResult:
                 part = f".{index}"
                 try:
                     response = await answer(parse_recommend(document, settings), ticket, limits, part)
                 except PadrecError as error:
+                    outcomes.append(error.outcome)
                     problem = Problem.model_validate(error.problem(ticket.request_id + part))
                     return BatchResult(status=error.status, problem=problem)
+                outcomes.append(outcome_of(response))
                 return BatchResult(status=200, answer=response)
 
             # The first of them came in with the request itself.
             with admission.admit(len(batch.requests) - 1):
                 work = asyncio.gather(*(result(i, document) for i, document in enumerate(batch.requests)))
                 results = await while_connected(request.receive, work)
+        ticket.outcome = min(outcomes, key=_WORST_FIRST.index)
         ticket.fields["statuses"] = [r.status for r in results]
         body = RecommendBatchResponse(request_id=ticket.request_id, results=results)
         return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
@@ -136,10 +145,13 @@ def _documented(answer: type[BaseModel], body: str, examples: dict[str, Any]) ->
     }
 
 
+def outcome_of(answer: RecommendResponse) -> str:
+    return "fallback" if answer.speculation is None else "degraded" if answer.degraded else "ok"
+
+
 def note_outcome(ticket: Ticket, answer: RecommendResponse) -> None:
     """What metrics and the access log say of an answer: counts, never contents."""
-    from_model = answer.speculation is not None
-    ticket.outcome = "fallback" if not from_model else "degraded" if answer.degraded else "ok"
+    ticket.outcome = outcome_of(answer)
     ticket.fields["items"] = len(answer.items)
     ticket.fields["degraded"] = [d.code for d in answer.degraded]
 

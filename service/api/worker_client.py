@@ -22,7 +22,6 @@ from pydantic import ValidationError
 
 from service import tracing
 from service.errors import (
-    Busy,
     CatalogMismatch,
     DeadlinePassed,
     FieldError,
@@ -161,7 +160,7 @@ class WorkerClient:
     async def generate(self, request: GenerateRequest, deadline: float) -> GenerateResponse:
         """The answer of one worker, before `deadline` (`time.monotonic()` seconds).
 
-        Raises WorkerUnavailable, Busy (Overloaded where for want of room), CatalogMismatch, DeadlinePassed or Invalid.
+        Raises WorkerUnavailable, Overloaded, CatalogMismatch, DeadlinePassed or Invalid.
         """
         remaining = deadline - time.monotonic()
         worker = self._choose(request.catalog_version, None, remaining)
@@ -169,7 +168,7 @@ class WorkerClient:
             raise self._full(worker)
         try:
             return await self._ask(worker, request, deadline)
-        except (WorkerUnavailable, Busy) as exc:
+        except (WorkerUnavailable, Overloaded) as exc:
             remaining = deadline - time.monotonic()
             other = self._second_choice(worker, exc, request.catalog_version, remaining)
             if other is None or other.refuses(remaining) or remaining <= 0:
@@ -255,6 +254,10 @@ class WorkerClient:
             ready, info = await asyncio.gather(
                 *(self._exchange("GET", worker, path, POLL_TIMEOUT_SECONDS) for path in ("/readyz", "/info"))
             )
+            if 503 in (ready.status_code, info.status_code):
+                self._mark(worker, up=False, avoid=True)
+                return
+            ready.raise_for_status()
             info.raise_for_status()
             seen = WorkerInfo.model_validate_json(info.content)
             if worker.info is not None and worker.info.instance != seen.instance:
@@ -262,7 +265,7 @@ class WorkerClient:
                 worker.failures = worker.ejections = 0
                 worker.ejected_until = 0.0
             worker.info, worker.others = seen, max(0, seen.in_flight + seen.waiting - ours)
-            self._mark(worker, up=ready.status_code == 200, avoid=ready.status_code != 200)
+            self._mark(worker, up=True)
         except httpx.TimeoutException:
             self._mark(worker, up=False, avoid=True)
         except (httpx.HTTPError, ValidationError):
@@ -286,7 +289,7 @@ class WorkerClient:
         return min(able, key=cost)
 
     def _second_choice(
-        self, first: Worker, exc: WorkerUnavailable | Busy, catalog_version: str, remaining: float
+        self, first: Worker, exc: WorkerUnavailable | Overloaded, catalog_version: str, remaining: float
     ) -> Worker | None:
         if len(self.workers) > 1:
             try:
@@ -294,7 +297,8 @@ class WorkerClient:
             except WorkerUnavailable:
                 return None
         # Asking a full worker again at once would only add to its load.
-        return None if isinstance(exc, Busy) or first.avoid else first
+        in_vain = first.avoid or isinstance(exc, Overloaded) or exc.refused
+        return None if in_vain else first
 
     async def _ask(self, worker: Worker, request: GenerateRequest, deadline: float) -> GenerateResponse:
         remaining = deadline - time.monotonic()
@@ -312,8 +316,9 @@ class WorkerClient:
         except Overloaded as exc:
             worker.refused(remaining, exc.retry_after or 1.0)
             raise
-        except WorkerUnavailable:
-            self._failed(worker)
+        except WorkerUnavailable as exc:
+            if not exc.refused:
+                self._failed(worker)
             raise
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
             self._mark(worker, up=False, avoid=isinstance(exc, httpx.ConnectTimeout))
@@ -330,6 +335,8 @@ class WorkerClient:
         """Count a failed request; after some in a row the worker is ejected. Back again, one more failure ejects it for
         longer."""
         worker.failures += 1
+        if worker not in self.workers:
+            return
         if worker.failures < EJECT_AFTER_FAILURES or time.monotonic() < worker.ejected_until:
             return
         seconds = min(EJECT_SECONDS * 2**worker.ejections, EJECT_MOST_SECONDS)
@@ -374,6 +381,8 @@ class WorkerClient:
         return answer
 
     def _mark(self, worker: Worker, *, up: bool, avoid: bool = False) -> None:
+        if worker not in self.workers:  # gone with an answer on its way: counted now, it would stay for ever
+            return
         if worker.up is not up:
             logger.log(
                 logging.INFO if up else logging.WARNING,
@@ -386,7 +395,7 @@ class WorkerClient:
 
 def _translated(
     reply: httpx.Response,
-) -> WorkerUnavailable | Busy | CatalogMismatch | DeadlinePassed | Invalid:
+) -> WorkerUnavailable | Overloaded | CatalogMismatch | DeadlinePassed | Invalid:
     """A worker's refusal in our words."""
     try:
         problem = reply.json()
@@ -399,11 +408,11 @@ def _translated(
         return WorkerUnavailable("The worker's refusal makes no sense.")
     if reply.status_code == 503:
         retry_after = reply.headers.get("retry-after", "1")
-        full = isinstance(problem, dict) and str(problem.get("type")).endswith(f":{Overloaded.slug}")
-        return (Overloaded if full else Busy)(  # what drains and what failed alone is refused as well
-            "Every worker is busy.",
-            retry_after=float(retry_after) if retry_after.isdecimal() else 1.0,
-        )
+        seconds = float(retry_after) if retry_after.isdecimal() else 1.0
+        if isinstance(problem, dict) and str(problem.get("type")).endswith(f":{Overloaded.slug}"):
+            return Overloaded("Every worker is busy.", retry_after=seconds)
+        # It drains, or the request has failed alone.
+        return WorkerUnavailable("The worker does not take the request.", retry_after=seconds, refused=True)
     if reply.status_code == 504:
         return DeadlinePassed("The worker ran out of time.")
     return WorkerUnavailable("The worker failed.")

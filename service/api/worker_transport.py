@@ -46,7 +46,7 @@ class _Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.abort("The worker's reply is not HTTP.")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -70,10 +70,11 @@ class _Connection(asyncio.Protocol):
         self._headers, self._body = [], []
         if status < 200:  # "go on"; the reply is still to come
             return
+        reply = httpx.Response(status, headers=headers, content=body)  # raises where it is not as encoded as it says
         waiting, self._waiting = self._waiting, None
         self.reusable = self._parser.should_keep_alive() and not self.closed
         if waiting is not None and not waiting.done():
-            waiting.set_result(httpx.Response(status, headers=headers, content=body))
+            waiting.set_result(reply)
 
     # What the pool calls
 

@@ -22,6 +22,7 @@ from service.metrics import ApiMetrics
 from service.redis_client import REDIS_ERRORS, close, connect, get, url_fault
 from service.supervisor import free_port
 from service.worker.catalog_builder import read_catalog
+from tests.service.tls import certificate
 from tests.service.wire import NUM_ITEMS, OTHER_VERSION, VERSION, api_settings, until, write_catalog
 
 
@@ -154,15 +155,6 @@ async def test_a_user_with_few_rights_can_do_all_a_reader_does(valkey: ValkeyPro
             await client.execute_command(*forbidden.split())
     await close(client)
     await close(admin)
-
-
-def certificate(folder: Path, name: str) -> tuple[Path, Path]:
-    """A certificate for `localhost` that signs itself, and its key."""
-    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(cert)]
-    subprocess.run(command, check=True, capture_output=True)
-    return cert, key
 
 
 async def test_tls_is_spoken_and_the_certificate_checked(valkey: ValkeyProcess, tmp_path: Path) -> None:

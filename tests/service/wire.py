@@ -83,7 +83,7 @@ class TinyWorker:
         elif scope["path"] == "/readyz":
             await _reply(send, 200 if self.ready else 503, {})
         elif scope["path"] == "/info":
-            await _reply(send, 200, self._info())
+            await (_reply(send, 200, self._info()) if self.ready else _reply(send, 503, {}))
         else:
             await self._generate(receive, send)
 

@@ -54,6 +54,7 @@ def test_what_was_measured_is_taken_over_whole(tiny: Tiny, tmp_path: Path) -> No
         {"rounds": []},
         {"rounds": [[1, []]]},
         {"rounds": [[1, [[0, 1, None, -1.0]]]]},
+        {"rounds": [[1, [[1, 1, [[]], 1.0]]]]},
         {"rounds": [[1, [[0, 1, None, "x"]]]]},
         {"rounds": [[1, [[1, 1, [[[[7, 0]]]], 1.0]]]]},
         {"prompt_seconds": float("nan")},

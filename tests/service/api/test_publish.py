@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from service.api.catalog_file import CatalogFile, CatalogFileError
-from service.api.publish import PublishError, check, publish
-from service.catalog_codec import dump_sealed
+from service.api.publish import PublishError, check, publish, set_stock
+from service.catalog_codec import dump_sealed, stock_key
 from service.embedded_valkey import ValkeyProcess
 from service.redis_client import connect
 from tests.service.wire import OTHER_VERSION, VERSION, write_catalog
@@ -26,7 +26,7 @@ async def test_a_published_version_is_active_and_has_small_buckets(valkey: Valke
     assert await client.get("padrec:active") == VERSION.encode()
     assert await client.object("ENCODING", f"padrec:{VERSION}:item:0") == b"listpack"
     await client.aclose()
-    assert await keys(valkey.url) == {"padrec:active", *header.keys()}
+    assert await keys(valkey.url) == {"padrec:active", *header.keys()} - {stock_key(VERSION)}  # nobody has told it
 
 
 async def test_publishing_again_changes_nothing(published: ValkeyProcess, catalog_path: Path) -> None:
@@ -63,6 +63,24 @@ async def test_what_cannot_be_published_leaves_the_active_version(published: Val
     with pytest.raises(PublishError, match="WRONGTYPE"):
         await publish(write_catalog(tmp_path, OTHER_VERSION), published.url)
     assert await client.get("padrec:active") == VERSION.encode()
+    await client.aclose()
+
+
+async def test_publishing_into_a_redis_that_has_lost_its_data_does_not_say_that_all_is_in_stock(
+    published: ValkeyProcess, catalog_path: Path
+) -> None:
+    stock = stock_key(VERSION)
+    assert stock not in await keys(published.url)
+    await set_stock(published.url, out=["i1"])
+    assert stock in await keys(published.url)
+    client = connect(published.url, 1)
+    await client.flushall()
+    await publish(catalog_path, published.url)  # who was told of i1 goes on leaving it out
+    assert stock not in await keys(published.url)
+    await set_stock(published.url, out=["i1"])
+    await set_stock(published.url, back=["i1"])  # now it is known that nothing is out
+    await publish(write_catalog(catalog_path.parent, OTHER_VERSION), published.url)
+    assert stock_key(OTHER_VERSION) in await keys(published.url)
     await client.aclose()
 
 

@@ -191,6 +191,32 @@ async def test_a_dead_worker_means_popular_items_or_503_and_it_recovers_by_itsel
         assert (await ask(client))["items"][0]["source"] == "model"
 
 
+async def test_a_worker_that_refuses_for_itself_is_unavailable_not_overloaded(standing: ValkeyProcess) -> None:
+    worker = TinyWorker(status=503, problem="urn:padrec:problem:draining")
+    async with api(api_settings(standing.url), Workers(w1=worker)) as client:
+        assert codes(await ask(client)) == ["worker_unavailable"]
+        refused = await client.post("/recommend", json={"history": ["i0"], "fallback": "none"})
+    assert (refused.status_code, refused.json()["type"]) == (503, "urn:padrec:problem:worker-unavailable")
+
+
+async def test_a_redis_that_has_lost_its_data_makes_no_item_unknown_or_invalid(
+    published: ValkeyProcess, tmp_path: Path
+) -> None:
+    """The page for invalid semantic IDs says that a worker is wrong, and histories are not cold starts."""
+    async with api(api_settings(published.url), Workers(w1=TinyWorker())) as client:
+        assert ids(await ask(client))
+        redis = connect(published.url, 1)
+        await redis.flushall()
+        lost = await ask(client, history=["i50"])
+        assert (codes(lost), lost["unknown_items"]) == (["history_unread"], [])
+        assert codes(await ask(client, k=20)) == ["items_unread"]
+        metrics = (await client.get("/metrics")).text
+        assert "padrec_invalid_semantic_ids_total 0.0" in metrics and "padrec_unknown_items_total 0.0" in metrics
+        await redis.aclose()
+        await publish(write_catalog(tmp_path), published.url)
+        assert codes(await ask(client, history=["i50"])) == []
+
+
 @pytest.mark.parametrize(
     ("status", "code", "refusal"),
     [(503, "worker_overloaded", 503), (504, "deadline", 504), (500, "worker_unavailable", 503)],

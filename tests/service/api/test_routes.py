@@ -256,6 +256,22 @@ async def test_a_batch_answers_every_request_as_if_it_had_come_alone(standing: V
     assert [r.get("answer", r.get("problem"))["request_id"] for r in results] == [f"r.{i}" for i in range(5)]
 
 
+@pytest.mark.parametrize(
+    ("requests", "outcome"),
+    [
+        ([{"history": ["i1"]}] * 2, "ok"),
+        ([{"history": ["i1"]}, {"history": []}], "fallback"),
+        ([{"history": ["i1"]}, {"history": []}, 7], "rejected"),
+        ([{"history": []}, 7, {"history": ["i1"], "deadline_ms": 1, "fallback": "none"}], "deadline"),
+    ],
+)
+async def test_a_batch_counts_as_its_worst_part(standing: ValkeyProcess, requests: list[Any], outcome: str) -> None:
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker(delay=0.05))) as client:
+        await client.post("/v1/recommend/batch", content=batch(*requests), headers=JSON)
+        metrics = (await client.get("/metrics")).text
+    assert f'padrec_requests_total{{outcome="{outcome}",route="/v1/recommend/batch"}} 1.0' in metrics
+
+
 async def test_requests_of_a_batch_run_beside_each_other_and_by_their_deadline(standing: ValkeyProcess) -> None:
     worker = TinyWorker(delay=0.2)
     async with api(api_settings(standing.url), Workers(w1=worker)) as client:

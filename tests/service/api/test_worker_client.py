@@ -18,7 +18,7 @@ from service.api.worker_client import (
     WorkerClient,
     addresses,
 )
-from service.errors import Busy, CatalogMismatch, DeadlinePassed, Overloaded, PadrecError, WorkerUnavailable
+from service.errors import CatalogMismatch, DeadlinePassed, Overloaded, PadrecError, WorkerUnavailable
 from service.metrics import ApiMetrics
 from service.schemas import GenerateRequest, GenerateResponse
 from tests.service.wire import OTHER_VERSION, VERSION, TinyWorker, Workers, api_settings, codes_of, until
@@ -137,14 +137,21 @@ async def test_a_worker_that_was_full_is_found_free_again_step_by_step_and_no_cr
         await asyncio.gather(*running)
 
 
-async def test_a_request_that_fails_alone_does_not_make_its_worker_full() -> None:
-    worker = TinyWorker(status=503, problem="urn:padrec:problem:worker-unavailable")
+@pytest.mark.parametrize("problem", ["worker-unavailable", "draining"])
+async def test_what_a_worker_refuses_for_itself_makes_it_neither_full_nor_failing(problem: str) -> None:
+    worker, other = TinyWorker(status=503, problem=f"urn:padrec:problem:{problem}"), TinyWorker()
     async with client_of(Workers(a=worker), "a") as client:
-        with pytest.raises(Busy) as refused:
-            await generate(client)
-        assert not isinstance(refused.value, Overloaded)
+        for tries in range(1, EJECT_AFTER_FAILURES + 2):
+            with pytest.raises(WorkerUnavailable):
+                await generate(client)
+            assert len(worker.seen) == tries  # it would say so again
+        assert client.workers[0].failures == 0
         worker.status = 200
         assert (await generate(client)).items
+    worker.status = 503
+    async with client_of(Workers(a=worker, b=other), "a", "b") as client:
+        for _ in range(10):
+            assert (await generate(client)).items
 
 
 async def test_a_worker_that_is_away_is_looked_at_more_often_than_the_others() -> None:
@@ -366,6 +373,25 @@ async def test_every_address_of_a_name_is_a_worker_as_they_come_and_go() -> None
         sample.labels["worker"] for f in registry.collect() if f.name == "padrec_worker_up" for sample in f.samples
     }
     assert labels == {"http://10.0.0.2:9000", "http://10.0.0.3:9000"}
+
+
+async def test_a_worker_that_is_gone_leaves_nothing_in_the_metrics_when_its_last_answers_come() -> None:
+    """The alert that nobody is left to write lists would never fire again."""
+    good, bad = TinyWorker(delay=0.05), TinyWorker(delay=0.05, status=500)
+    network = Workers(**{"10.0.0.1": good, "10.0.0.2": bad})
+    names, registry = Names(workers=["10.0.0.1", "10.0.0.2"]), CollectorRegistry()
+    async with network:
+        client = WorkerClient(network, api_settings(worker_urls="http://workers:9000"), ApiMetrics(registry), names)
+        await client.discover()
+        running = [asyncio.create_task(generate(client)) for _ in range(4 * EJECT_AFTER_FAILURES)]
+        await asyncio.sleep(0.01)
+        names.known = {"workers": ["10.0.0.3"]}
+        await client.discover()
+        answers = await asyncio.gather(*running, return_exceptions=True)
+    assert sum(isinstance(answer, GenerateResponse) for answer in answers) >= 4
+    assert len(bad.seen) >= EJECT_AFTER_FAILURES
+    labels = {sample.labels.get("worker") for f in registry.collect() for sample in f.samples} - {None}
+    assert labels <= {"http://10.0.0.3:9000"}
 
 
 async def test_a_real_name_resolves_to_addresses_of_one_family() -> None:

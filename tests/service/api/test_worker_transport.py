@@ -4,6 +4,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 
 from service.api import worker_transport
 from service.api.worker_transport import WorkerTransport
+from tests.service.tls import certificate
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 REPLY = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello"
@@ -116,14 +118,23 @@ async def test_replies_of_every_shape_are_read_whole(reply: bytes, content: byte
 
 
 @pytest.mark.parametrize(
-    "reply",
-    [b"", REPLY[:-1], b"\x16\x03 no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"],
-    ids=["nothing", "cut off", "no HTTP", "bad length"],
+    ("reply", "error"),
+    [
+        (b"", httpx.RemoteProtocolError),
+        (REPLY[:-1], httpx.ReadTimeout),
+        (b"\x16\x03 no HTTP\r\n\r\n", httpx.RemoteProtocolError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", httpx.RemoteProtocolError),
+        (REPLY.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"), httpx.RemoteProtocolError),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", httpx.RemoteProtocolError),
+    ],
+    ids=["nothing", "cut off", "no HTTP", "bad length", "no gzip", "another protocol"],
 )
-async def test_a_broken_reply_is_an_error_and_its_connection_is_not_used_again(reply: bytes) -> None:
+async def test_a_broken_reply_is_an_error_and_its_connection_is_not_used_again(
+    reply: bytes, error: type[httpx.HTTPError]
+) -> None:
     peer = Peer(reply)
     async with met(peer) as (transport, url):
-        with pytest.raises((httpx.RemoteProtocolError, httpx.ReadTimeout)):
+        with pytest.raises(error):
             await transport.handle_async_request(asked(url, read=0.1))
         assert (await transport.handle_async_request(asked(url))).content == b"hello"
     assert [len(heads) for heads in peer.heads] == [1, 1]
@@ -206,11 +217,22 @@ async def test_a_header_cannot_hold_a_line_break() -> None:
             await transport.handle_async_request(asked("http://127.0.0.1:1/", headers={"a": "b\r\nc: d"}))
 
 
-async def test_a_certificate_is_checked_against_the_name_not_the_address() -> None:
-    """Without one that a known authority signed there is no exchange."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+@pytest.mark.parametrize(
+    ("name", "trusted"), [("worker", True), ("other", True), ("127.0.0.1", True), ("worker", False)]
+)
+async def test_a_certificate_is_checked_against_the_name_not_the_address(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, trusted: bool
+) -> None:
+    cert, key = certificate(tmp_path, "worker", "worker")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(cert))
     async with met(Peer(), ssl=context) as (transport, url):
         request = asked(url.replace("http:", "https:"))
-        request.extensions["sni_hostname"] = "worker"
-        with pytest.raises(httpx.ConnectError):
+        request.extensions["sni_hostname"] = name
+        if (name, trusted) == ("worker", True):
+            assert (await transport.handle_async_request(request)).content == b"hello"
+            return
+        with pytest.raises(httpx.ConnectError, match="certificate"):
             await transport.handle_async_request(request)
