@@ -28,7 +28,7 @@ logger = logging.getLogger("padrec.serve")
 
 LOOPBACK = "127.0.0.1"
 NEXT_FREE = range(8000, 8100)
-WORKER_NICENESS = 5  # who answers goes before who computes: on shared cores refusals would wait for lists
+WORKER_NICENESS = 10  # who answers goes before who computes: on shared cores refusals would wait for lists
 
 
 class Service(NamedTuple):

@@ -150,8 +150,9 @@ def _buckets(catalog: CatalogFile) -> dict[str, dict[Any, Any]]:
 async def _stock_is_known(client: Client, active: bytes | None) -> bool:
     """Whether Redis has ever been told what is out of stock. One that has lost its data has not: what running processes
     were told is all that is known, and must not be taken back."""
-    keys = [OUT_OF_STOCK_KEY] if active is None else [OUT_OF_STOCK_KEY, stock_key(_version(active))]
-    return any([await client.exists(key) for key in keys])  # one by one: in a cluster they lie on several servers
+    if await client.scard(OUT_OF_STOCK_KEY):
+        return True
+    return active is not None and await get(client, stock_key(_version(active))) is not None
 
 
 async def _write_stock(client: Client, header: CatalogHeader) -> int:

@@ -40,6 +40,7 @@ EJECT_AFTER_FAILURES = 3  # in a row
 EJECT_SECONDS = 1.0  # the first time; twice as long every further time, up to the most
 EJECT_MOST_SECONDS = 30.0
 FULL_SECONDS = 0.1  # longer than a refusal takes to arrive, or more would be sent into it
+FULL_STEP_MOST = 8
 FULL_FORGOTTEN_SECONDS = 1.0
 FULL_SHARE = 1.1  # of the time the refused request had left: others have had a little less of theirs spent
 _JSON = {"content-type": "application/json"}
@@ -67,9 +68,9 @@ async def as_named(host: str, port: int) -> list[str]:
 class Worker:
     """What we know of one worker. `up` is None until it has been heard of; while `avoid`, asking it would only cost
     time: it hangs, warms up or drains. `others` is how many requests of others it reported; `failures` of ours in a
-    row; until `ejected_until` (`time.monotonic()`) it is asked only where there is nobody else. At `refused_at` it has
-    refused a request with `full_seconds` left: it is not given more than `full_at` of ours, and `full_step` more where
-    nothing has changed by `full_until`."""
+    row; until `ejected_until` (`time.monotonic()`) it is asked only where there is nobody else. It has refused a
+    request with `full_seconds` left: it is not given more than `full_at` of ours, and `full_step` more where nothing
+    has changed by `full_until`; all of this until `full_forgotten`."""
 
     url: httpx.URL
     name: str = ""  # the URL it was found under
@@ -81,11 +82,11 @@ class Worker:
     failures: int = 0
     ejections: int = 0
     ejected_until: float = 0.0
-    refused_at: float = float("-inf")
     full_seconds: float = 0.0
     full_at: int = 0
     full_step: int = 1
     full_until: float = 0.0
+    full_forgotten: float = float("-inf")
     retry_after: float = 1.0
 
     _paths: dict[str, httpx.URL] = field(default_factory=dict)
@@ -99,22 +100,27 @@ class Worker:
 
         In an overload refusing would take the time of what it does. So it is given no more than it had when it refused
         one like that, then one more every FULL_SECONDS, two more, four more: what it can do is found again soon, and
-        no crowd rushes in when we have been late ourselves."""
-        now = time.monotonic()
-        recent = now < self.refused_at + FULL_FORGOTTEN_SECONDS
-        return recent and remaining <= self.full_seconds and self.in_flight >= self.full_at and now < self.full_until
+        no crowd rushes in, neither when we have been late ourselves nor when it has taken all of them for a while. Who
+        has not had more than that for a second may have any number again."""
+        return self._is_full_for(remaining) and time.monotonic() < self.full_until
+
+    def _is_full_for(self, remaining: float) -> bool:
+        known = remaining <= self.full_seconds and time.monotonic() < self.full_forgotten
+        return known and self.in_flight >= self.full_at
 
     def begin(self, remaining: float) -> None:
         """Count a request that is sent to it with so many seconds left."""
-        if self.in_flight >= self.full_at and remaining <= self.full_seconds:
-            self.full_at, self.full_until = self.in_flight + self.full_step, time.monotonic() + FULL_SECONDS
-            self.full_step *= 2
+        if self._is_full_for(remaining):
+            now = time.monotonic()
+            self.full_at, self.full_step = self.in_flight + self.full_step, min(2 * self.full_step, FULL_STEP_MOST)
+            self.full_until, self.full_forgotten = now + FULL_SECONDS, now + FULL_FORGOTTEN_SECONDS
         self.in_flight += 1
 
     def refused(self, remaining: float, retry_after: float) -> None:
         """Note that it is full for a request that had so many seconds left and is still counted."""
-        self.refused_at = time.monotonic()
-        self.full_seconds, self.full_until = FULL_SHARE * remaining, self.refused_at + FULL_SECONDS
+        now = time.monotonic()
+        self.full_until, self.full_forgotten = now + FULL_SECONDS, now + FULL_FORGOTTEN_SECONDS
+        self.full_seconds = FULL_SHARE * remaining
         self.full_at, self.full_step, self.retry_after = self.in_flight - 1, 1, retry_after
 
     def at(self, path: str) -> httpx.URL:

@@ -15,6 +15,7 @@ from service.api.worker_client import (
     EJECT_AFTER_FAILURES,
     FULL_FORGOTTEN_SECONDS,
     FULL_SECONDS,
+    FULL_STEP_MOST,
     WorkerClient,
     addresses,
 )
@@ -116,7 +117,7 @@ async def test_a_worker_that_was_full_is_found_free_again_step_by_step_and_no_cr
 
     async def crowd(size: int) -> int:
         """How many of so many at once are sent on."""
-        tasks = [asyncio.create_task(generate(client)) for _ in range(size)]
+        tasks = [asyncio.create_task(generate(client, 5.0)) for _ in range(size)]
         await asyncio.sleep(0.02)
         running.extend(task for task in tasks if not task.done())
         assert all(isinstance(task.exception(), Overloaded) for task in tasks if task.done())
@@ -124,17 +125,19 @@ async def test_a_worker_that_was_full_is_found_free_again_step_by_step_and_no_cr
 
     async with client_of(Workers(a=worker), "a") as client:
         with pytest.raises(Overloaded):
-            await generate(client)
-        worker.status, worker.delay = 200, 0.8
-        taken = []
-        for _ in range(4):
+            await generate(client, 5.0)
+        worker.status, worker.delay = 200, 10
+        taken, start = [], time.monotonic()
+        while time.monotonic() < start + 1.5 * FULL_FORGOTTEN_SECONDS:  # also when it has long refused nothing
             await asyncio.sleep(FULL_SECONDS)
             taken.append(await crowd(20))
-        assert taken == [1, 2, 4, 8]
-        # What has refused nothing for a while is not held back at all.
+        assert taken == [1, 2, 4, *[FULL_STEP_MOST] * (len(taken) - 3)]
+        # Nobody has wanted more than that for a while: it is not held back at all.
         await asyncio.sleep(FULL_FORGOTTEN_SECONDS)
         assert await crowd(20) == 20
-        await asyncio.gather(*running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 @pytest.mark.parametrize("problem", ["worker-unavailable", "draining"])
