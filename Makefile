@@ -78,7 +78,7 @@ drills: install data ## fault drills against the real service, measured against 
 load: install data ## the knee: latency over offered load, open loop, speculation on and off
 	$(BIN)/python -m tests.load.knee --bundle $(BUNDLE)
 
-OVERLAYS := overlays/dev overlays/production overlays/production-hpa overlays/production-canary jobs/publish jobs/train
+OVERLAYS := overlays/dev overlays/production overlays/production-hpa overlays/production-canary jobs/load jobs/publish jobs/train
 
 # The Debian package holds the one binary we want; nothing is installed into the system. A first try of the machine's
 # own package lists, then fresh ones, which need root.

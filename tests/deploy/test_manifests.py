@@ -124,10 +124,24 @@ def test_what_no_policy_allows_is_denied() -> None:
 
 
 @each_pod
-def test_the_service_hands_on_to_the_container_s_named_port(name: str) -> None:
-    (port,) = only(name, "Service")["spec"]["ports"]
-    assert ports(name) == {port["targetPort"]: port["port"]}
-    assert port["name"] == port["targetPort"]
+def test_the_service_hands_on_to_the_container_s_named_ports(name: str) -> None:
+    handed_on = only(name, "Service")["spec"]["ports"]
+    assert ports(name) == {port["targetPort"]: port["port"] for port in handed_on}
+    assert all(port["name"] == port["targetPort"] for port in handed_on)
+
+
+@each_of_ours
+def test_metrics_have_a_port_that_only_prometheus_reaches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys would shut Prometheus out of the port that callers use, and the scalers with it."""
+    assert settings(name, monkeypatch).metrics_port == ports(name)["metrics"] != ports(name)["http"]
+    (rule,) = (each for each in policy_of(name)["ingress"] if {"port": "metrics"} in each["ports"])
+    assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert rule["ports"] == [{"port": "metrics"}]
+
+
+def test_only_the_api_may_ask_a_worker() -> None:
+    (rule,) = (each for each in policy_of("worker")["ingress"] if {"port": "http"} in each["ports"])
+    assert rule["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "padrec-api"}}}]
 
 
 @each_of_ours
@@ -136,7 +150,7 @@ def test_the_container_port_is_what_the_image_exposes_and_the_settings_say(
 ) -> None:
     dockerfile = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
     exposed = re.findall(r"^EXPOSE (\d+)$", dockerfile, re.MULTILINE)
-    assert [str(port) for port in ports(name).values()] == exposed
+    assert [str(ports(name)["http"])] == exposed
     assert settings(name, monkeypatch).port == ports(name)["http"]
 
 

@@ -25,6 +25,7 @@ TARGETS = (
     "overlays/production",
     "overlays/production-hpa",
     "overlays/production-canary",
+    "jobs/load",
     "jobs/publish",
     "jobs/train",
     "jobs/train/claim",
@@ -176,6 +177,32 @@ def test_both_scalers_keep_the_same_bounds_thresholds_and_paces() -> None:
         triggers = [(trigger["metadata"]["query"], trigger["metadata"]["threshold"]) for trigger in spec["triggers"]]
         for (metric, value), (query, threshold) in zip(metrics, triggers, strict=True):
             assert metric in query and value == threshold
+
+
+@pytest.mark.parametrize("target", ["overlays/production", "overlays/production-hpa"])
+def test_workers_are_added_before_their_rows_run_out(target: str) -> None:
+    (container,) = named(target, "Deployment", "padrec-worker")["spec"]["template"]["spec"]["containers"]
+    rows = int(next(each["value"] for each in container["env"] if each["name"] == "PADREC_NUM_ROWS"))
+    text = json.dumps(
+        [each for each in rendered(target) if each["kind"] in ("ScaledObject", "HorizontalPodAutoscaler")]
+    )
+    (running,) = re.findall(r'padrec_running_requests[^}]*?}?[^}]*?(?:threshold|averageValue)": "(\d+)"', text)
+    assert int(running) == rows * 3 // 4
+
+
+def test_no_answer_of_prometheus_takes_pods_away() -> None:
+    for each in rendered("overlays/production"):
+        if each["kind"] == "ScaledObject":
+            assert each["spec"]["fallback"]["behavior"] == "currentReplicasIfHigher"
+            assert all(trigger["metadata"]["ignoreNullValues"] == "false" for trigger in each["spec"]["triggers"])
+
+
+def test_a_bundle_can_be_written_to_the_claim_the_pods_read() -> None:
+    job = named("jobs/load", "Job", "padrec-load")["spec"]["template"]["spec"]
+    (volume,), (mount,) = job["volumes"], job["containers"][0]["volumeMounts"]
+    named("overlays/production", "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
+    assert not volume["persistentVolumeClaim"].get("readOnly") and not mount.get("readOnly")
+    assert job["securityContext"]["fsGroup"] == job["securityContext"]["runAsUser"]
 
 
 def test_the_canary_is_a_worker_behind_the_same_service_with_a_bundle_of_its_own() -> None:
