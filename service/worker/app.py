@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import torch
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 
 from model.bundle import load_bundle
 from model.decoding.beam_request import BeamResult, BeamStats
@@ -149,10 +149,11 @@ def create_app(
 
 def publisher(metrics: WorkerMetrics, model_version: str) -> Callable[[Stats | ListResult], None]:
     """What the engine calls after every round and every answer. Runs on the engine's thread."""
+    publish_round = RoundPublisher(metrics)
 
     def publish(seen: Stats | ListResult) -> None:
         if isinstance(seen, RoundStats):
-            publish_round(metrics, seen)
+            publish_round(seen)
         elif isinstance(seen, BeamStats):
             publish_pass(metrics, seen)
         else:
@@ -161,25 +162,35 @@ def publisher(metrics: WorkerMetrics, model_version: str) -> Callable[[Stats | L
     return publish
 
 
-def publish_round(metrics: WorkerMetrics, stats: RoundStats) -> None:
-    """One round: how many took part, where its time went, what it drafted and kept by step and slot."""
-    if not stats.rows:
-        return  # a share of a long prompt was read, and nobody waited for a round
-    metrics.batch_size.labels("decode").observe(stats.rows)
-    metrics.stage.labels("draft").observe(stats.draft_seconds)
-    metrics.stage.labels("verify").observe(stats.verify_seconds)
-    metrics.target_passes.labels(LIST).inc(stats.rows)
-    metrics.spec_skipped_rounds.labels(LIST).inc(not stats.draft_tokens)
-    metrics.target_passes_saved.labels(LIST).inc(stats.accepted_tokens + stats.forced_tokens)
-    by_label = (
-        (metrics.draft_per_position, stats.drafted_by_step),
-        (metrics.accepted_per_position, stats.accepted_by_step),
-        (metrics.draft_per_slot, stats.drafted_by_slot),
-        (metrics.accepted_per_slot, stats.accepted_by_slot),
-    )
-    for counter, counts in by_label:
-        for index, count in enumerate(counts):
-            counter.labels(LIST, str(index)).inc(count)
+class RoundPublisher:
+    """Call it with every round: how many took part, where its time went, what it drafted and kept by step and slot.
+
+    Counters are looked up by label once: that took a tenth of a round that drafts, with warm caches."""
+
+    def __init__(self, metrics: WorkerMetrics) -> None:
+        self._batch_size = metrics.batch_size.labels("decode")
+        self._draft, self._verify = (metrics.stage.labels(stage) for stage in ("draft", "verify"))
+        self._passes, self._saved = (m.labels(LIST) for m in (metrics.target_passes, metrics.target_passes_saved))
+        self._skipped = metrics.spec_skipped_rounds.labels(LIST)
+        places = ("draft_per_position", "accepted_per_position", "draft_per_slot", "accepted_per_slot")
+        self._by_place: list[tuple[Counter, list[Counter]]] = [(getattr(metrics, name), []) for name in places]
+
+    def __call__(self, stats: RoundStats) -> None:
+        if not stats.rows:
+            return  # a share of a long prompt was read, and nobody waited for a round
+        self._batch_size.observe(stats.rows)
+        self._draft.observe(stats.draft_seconds)
+        self._verify.observe(stats.verify_seconds)
+        self._passes.inc(stats.rows)
+        self._skipped.inc(not stats.draft_tokens)
+        self._saved.inc(stats.accepted_tokens + stats.forced_tokens)
+        counted = (stats.drafted_by_step, stats.accepted_by_step, stats.drafted_by_slot, stats.accepted_by_slot)
+        for (counter, known), counts in zip(self._by_place, counted, strict=True):
+            while len(known) < len(counts):
+                known.append(counter.labels(LIST, str(len(known))))
+            for child, count in zip(known, counts, strict=False):
+                if count:
+                    child.inc(count)
 
 
 def publish_pass(metrics: WorkerMetrics, stats: BeamStats) -> None:

@@ -75,6 +75,13 @@ def test_speculation_ends_when_nothing_is_accepted_is_tried_now_and_then_and_com
     assert budget(1).steps > 0
 
 
+def test_a_plain_round_measured_in_a_slow_moment_does_not_make_a_useless_draft_pay() -> None:
+    """What drafts does all that a plain round does, and more."""
+    budget = LoadBudget({1: {Budget(0): 1.5, Budget(2): 1.1, Budget(4): 1.3}}, GOOD)
+    see(budget, 0, 400)
+    assert not budget.drafts(1, 10)
+
+
 def test_a_budget_without_loads_or_candidates_is_refused() -> None:
     for costs in ({}, {1: {}}):
         with pytest.raises(ValueError, match="load"):
@@ -129,7 +136,7 @@ def test_a_list_too_short_to_earn_what_its_prompt_costs_is_not_drafted_for() -> 
     profile = Profile.guess(1, [1.0])
     costs = {1: {Budget(0): 1.0, Budget(1): 1.0}, 4: {Budget(0): 4.0, Budget(1): 4.0}}
     budget = LoadBudget(costs, profile, 3.0, decisions_per_item=2.0)
-    assert [budget.drafts(1, items) for items in (1, 2, 4, 5, 10)] == [False, False, False, True, True]
+    assert [budget.drafts(1, items) for items in (1, 2, 3, 4, 10)] == [False, False, False, True, True]
     assert not budget.drafts(3, 3), "four rows save four times as much, and pay for four prompts"
     assert LoadBudget(costs, profile).drafts(1, 1), "a draft that adds nothing to a prompt pays at once"
     assert LoadBudget({1: {Budget(1): 1.0}}, profile, 9.0).drafts(1, 1), "never measured without"
