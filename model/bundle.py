@@ -6,7 +6,6 @@ Nothing in a bundle is executed: weights are safetensors, the rest JSON. Knows n
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ from model.decoding.budget import measured_budget
 from model.decoding.catalog_index import CatalogIndex
 from model.decoding.filters import Attributes
 from model.decoding.list_decoder import ListDecoder
-from model.decoding.measurements import keep, kept
+from model.decoding.measurements import keep, kept, processor
 from model.decoding.profile import Profile
 from model.decoding.request import ListRequest
 from model.decoding.strategies import Strategies, beams_of
@@ -172,22 +171,13 @@ class Bundle:
             "dtype": str(self.target.dtype),
             "compiled": bool(self.target.native),
             "torch": str(torch.__version__),
-            "machine": [platform.machine(), _processor(), len(os.sched_getaffinity(0))],
+            "machine": [platform.machine(), processor(), len(os.sched_getaffinity(0))],
         }
 
     def profile(self, draft: str) -> Profile:
         """What the report says of a draft (`draft` or `draft-plain`); a guess when it says nothing."""
         slots, known = self.trie.num_levels, self.info.report.get(draft, {}).get("profile")
         return Profile.guess(slots) if known is None else Profile.from_dict(known, slots)
-
-
-def _processor() -> str:
-    """What the processor calls itself; nothing where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return ""
 
 
 def save_manifest(folder: Path, name: str, vocabulary: Vocabulary, max_history_items: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ can go below on this device: the prompt's pass, and one more over the whole list
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from model.data.histories import Case, histories
 from model.data.movielens import DataError, read_movielens
 from model.decoding.budget import measured_budget
 from model.decoding.list_decoder import ListDecoder
+from model.decoding.measurements import processor
 from model.decoding.offline import Decoded, decode_all
 from model.decoding.plain import PlainTwin
 from model.decoding.request import ListRequest, ListResult
@@ -330,15 +330,7 @@ def adversarial(bundle: Bundle, draft: Draft) -> Draft:
 
 def machine() -> Record:
     """Where a figure was measured."""
-    return {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__, "cpu": _cpu()}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
+    return {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__, "cpu": processor()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

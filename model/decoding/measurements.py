@@ -7,6 +7,7 @@ cannot be read, or is of something else, is measured anew. Knows numbers and JSO
 import json
 import math
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ def kept(
         return None
     tree = beams.tree
     return budget, MeasuredPlan(passes, tree.deciding, tree.whole, beams.draft_width, beams.max_nodes, seen=drafts)
+
+
+def processor() -> str:
+    """What the processor that is measured calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
 def _candidate(fields: list[Any]) -> tuple[Budget, float]:

@@ -111,17 +111,18 @@ class Worker:
     def begin(self, remaining: float) -> None:
         """Count a request that is sent to it with so many seconds left."""
         if self._is_full_for(remaining):
-            now = time.monotonic()
-            self.full_at, self.full_step = self.in_flight + self.full_step, min(2 * self.full_step, FULL_STEP_MOST)
-            self.full_until, self.full_forgotten = now + FULL_SECONDS, now + FULL_FORGOTTEN_SECONDS
+            self._hold_back(self.in_flight + self.full_step, min(2 * self.full_step, FULL_STEP_MOST))
         self.in_flight += 1
 
     def refused(self, remaining: float, retry_after: float) -> None:
         """Note that it is full for a request that had so many seconds left and is still counted."""
+        self.full_seconds, self.retry_after = FULL_SHARE * remaining, retry_after
+        self._hold_back(self.in_flight - 1, 1)
+
+    def _hold_back(self, at: int, step: int) -> None:
         now = time.monotonic()
+        self.full_at, self.full_step = at, step
         self.full_until, self.full_forgotten = now + FULL_SECONDS, now + FULL_FORGOTTEN_SECONDS
-        self.full_seconds = FULL_SHARE * remaining
-        self.full_at, self.full_step, self.retry_after = self.in_flight - 1, 1, retry_after
 
     def at(self, path: str) -> httpx.URL:
         """Its URL with `path`, made once: it costs more than the rest of a request."""
