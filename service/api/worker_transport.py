@@ -28,7 +28,8 @@ class _Connection(asyncio.Protocol):
         self.closed = False
         self.reusable = False  # after the reply
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        # Only while connected: it refers to us, and what refers to itself waits for the garbage collector.
+        self._parser: httptools.HttpResponseParser | None = None
         self._waiting: asyncio.Future[httpx.Response] | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
@@ -38,10 +39,11 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by descent
+        self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
         self._size += len(data)
-        if self._waiting is None or self._size > MAX_REPLY_BYTES:
+        if self._waiting is None or self._parser is None or self._size > MAX_REPLY_BYTES:
             self.abort("The worker sent more than a reply.")
             return
         try:
@@ -65,6 +67,8 @@ class _Connection(asyncio.Protocol):
         self._body.append(body)
 
     def on_message_complete(self) -> None:
+        if self._parser is None:  # given up while it was read
+            return
         status = self._parser.get_status_code()
         headers, body = self._headers, b"".join(self._body)
         self._headers, self._body = [], []
@@ -88,7 +92,7 @@ class _Connection(asyncio.Protocol):
 
     def abort(self, why: str = "The exchange was given up.") -> None:
         """Close it now, whatever is on its way."""
-        self.closed, self.reusable = True, False
+        self.closed, self.reusable, self._parser = True, False, None
         if self._transport is not None:
             self._transport.abort()
         waiting, self._waiting = self._waiting, None

@@ -38,6 +38,15 @@ CLIENT = httpx.Client(
 )
 
 
+@pytest.fixture(autouse=True)
+def collector() -> Iterator[None]:
+    """As it was: a server that runs in this process changes it."""
+    before = gc.get_threshold()
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
+
+
 @contextmanager
 def api_process(catalog: Path, drain_seconds: float, worker: str = "http://127.0.0.1:1") -> Iterator[tuple[int, str]]:
     arguments = [sys.executable, "-c", API, str(catalog), str(drain_seconds), worker]
@@ -97,7 +106,6 @@ async def test_draining_goes_through_its_stages(signals: int) -> None:
             server.handle_exit(signal.SIGTERM, None)
         assert (drain.unready, drain.refusing) == (True, False)
         await asyncio.wait_for(serving, 5)
-    gc.unfreeze()
     assert drain.refusing == (signals == 1)
 
 
@@ -112,7 +120,22 @@ async def test_what_is_there_at_the_start_is_not_walked_through_again_by_the_col
         finally:
             server.should_exit = True
             await asyncio.wait_for(serving, 5)
-            gc.unfreeze()
+
+
+async def test_requests_that_come_and_go_do_not_make_the_collector_run() -> None:
+    server = DrainingServer(uvicorn.Config(FastAPI(), log_config=None, lifespan="on"), Drain(), load_settings())
+    with bind("127.0.0.1", 0) as listener:
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            await until(lambda: server.started)
+            runs = sum(generation["collections"] for generation in gc.get_stats())
+            for _ in range(100):
+                crowd = [[n] for n in range(10_000)]
+                crowd.clear()
+            assert sum(generation["collections"] for generation in gc.get_stats()) == runs
+        finally:
+            server.should_exit = True
+            await asyncio.wait_for(serving, 5)
 
 
 async def test_a_signal_before_it_serves_ends_it_at_once() -> None:

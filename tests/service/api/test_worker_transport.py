@@ -1,6 +1,7 @@
 """An exchange with a worker: over a connection that is used again, and never over one that something went wrong on."""
 
 import asyncio
+import gc
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -173,6 +174,28 @@ async def test_who_gives_up_takes_his_connection_with_him_and_leaves_none_behind
         assert (await transport.handle_async_request(asked(url))).content == b"hello"
         await asyncio.sleep(0.3)
         assert peer.left == 21  # every one was told
+
+
+async def test_a_connection_that_ends_is_freed_at_once() -> None:
+    """What waits for the garbage collector makes it run, and everybody waits while it does."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with met(Peer(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 1\r\n\r\n!", b"nonsense")) as (
+            transport,
+            url,
+        ):
+            await transport.handle_async_request(asked(url))
+            with pytest.raises(httpx.RemoteProtocolError):
+                await transport.handle_async_request(asked(url))
+            await transport.handle_async_request(asked(url))
+        async with WorkerTransport() as transport:
+            with pytest.raises(httpx.ConnectError):
+                await transport.handle_async_request(asked(url))
+        await asyncio.sleep(0.05)
+        assert not [kept for kept in gc.get_objects() if type(kept).__name__ in ("_Connection", "HttpResponseParser")]
+    finally:
+        gc.enable()
 
 
 async def test_a_connection_that_has_grown_old_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
