@@ -3,6 +3,7 @@
 Knows the operating system; nothing of what the children do.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -73,3 +74,13 @@ def cpu_seconds(pid: int) -> float:
     """Processor time a process has taken, all threads (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wanted_seconds(pid: int) -> float:
+    """Processor time a process has taken or waited for, all threads that live (Linux). Waiting counts where the kernel
+    keeps account of it (proc(5), schedstat)."""
+    waited = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the thread has ended, or nobody counts
+            waited += int((thread / "schedstat").read_text(encoding="utf-8").split()[1])
+    return cpu_seconds(pid) + waited / 1e9

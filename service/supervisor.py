@@ -50,14 +50,14 @@ class Child:
     was_healthy: bool = field(default=False, init=False)
     unwell_since: float | None = field(default=None, init=False)
     unwell_answers: int = field(default=0, init=False)
-    unwell_cpu: float = field(default=0.0, init=False)
+    unwell_wanted: float = field(default=0.0, init=False)
 
 
 class Supervisor:
     """Keeps children running. Backoff doubles from `first_backoff` to 10 s; a child that ends `max_failures` times
     without having lived `steady_seconds` in between is a crash loop and ends everything. One that was healthy and has
     not been for `hung_seconds`, or has not become so `starting_seconds` after its start, is killed; one that works all
-    the while may be late with its answers, and gets BUSY times as long."""
+    the while, or would if others left it a processor, may be late with its answers and gets BUSY times as long."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class Supervisor:
                         each.was_settled = process is each.process
                 else:
                     if each.unwell_since is None:
-                        each.unwell_since, each.unwell_cpu = time.monotonic(), _cpu_seconds(process)
+                        each.unwell_since, each.unwell_wanted = time.monotonic(), _wanted_seconds(process)
                     each.unwell_answers += 1
 
     def _hangs(self, each: Child) -> bool:
@@ -133,7 +133,7 @@ class Supervisor:
             return unwell >= self.starting_seconds
         if unwell < self.hung_seconds or each.process is None:
             return False
-        busy = _cpu_seconds(each.process) - each.unwell_cpu >= BUSY_SHARE * unwell
+        busy = _wanted_seconds(each.process) - each.unwell_wanted >= BUSY_SHARE * unwell
         return not busy or unwell >= BUSY * self.hung_seconds
 
     def _start(self, each: Child) -> None:
@@ -226,10 +226,10 @@ def free_port(host: str, wanted: int = 0, *, tries: int = 1) -> int:
     raise PortTaken(f"{what} on {host} is taken; choose another with --port (0 takes the next free one)")
 
 
-def _cpu_seconds(process: subprocess.Popen[bytes]) -> float:
+def _wanted_seconds(process: subprocess.Popen[bytes]) -> float:
     """0 where that cannot be known: then nobody counts as busy."""
     try:
-        return child.cpu_seconds(process.pid)
+        return child.wanted_seconds(process.pid)
     except OSError:
         return 0.0
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from service.process import bind
-from service.serve import WORKER_NICENESS, environment, is_ready
+from service.serve import environment, is_ready
 from service.settings import Settings
 from service.supervisor import free_port
 from tests.service.tiny_bundle import item_ids, write_bundle
@@ -49,9 +49,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-def niceness(pid: int) -> set[int]:
-    """Of every thread."""
-    return {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()}
+def policies(pid: int) -> set[int]:
+    """How its threads are scheduled."""
+    return {os.sched_getscheduler(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()}
 
 
 def command_of(pid: int) -> str:
@@ -98,8 +98,8 @@ def test_answers_from_the_model_survives_a_killed_worker_and_stops_without_a_tra
         until(lambda: len(children(process.pid)) == 4, 20)  # Valkey, the API, the worker and its spare
         workers = [pid for pid in children(process.pid) if "service.cli worker" in command_of(pid)]
         (worker,) = (pid for pid in workers if "--spare" not in command_of(pid))
-        own = os.getpriority(os.PRIO_PROCESS, 0)
-        assert all(niceness(pid) == {own + WORKER_NICENESS * (pid in workers)} for pid in children(process.pid))
+        for pid in children(process.pid):
+            assert policies(pid) == {os.SCHED_IDLE if pid in workers else os.SCHED_OTHER}, "who answers goes first"
         os.kill(worker, signal.SIGKILL)
         until(lambda: not alive(worker), 5)
         fallback = recommend(url, history)
