@@ -20,8 +20,8 @@ from service.probes import Drain
 from service.settings import Settings, SettingsError
 
 CLOSING_SECONDS = 2  # for connections, after all requests have had `finish_seconds`
-# So many objects more than before are searched for garbage. A crowd of requests is none, and circles are rare here. With
-# Python's 700 an overloaded API spent a hundredth of its time searching, up to 9 ms at once.
+# So many objects more than before are searched for garbage. A crowd of requests is none, and circles are rare here.
+# With Python's 700 an overloaded API spent a hundredth of its time searching, up to 9 ms at once.
 GARBAGE_OBJECTS = 20_000
 
 logger = logging.getLogger("padrec.process")
