@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{setting.replace('_', '-')}", metavar="VALUE", help=info.description)
         return command
 
-    serve = add("serve", "Valkey, worker and API on this machine", _serve, (*_ENGINE, *_HTTP))
+    serve = add("serve", "Valkey, worker and API on this machine", _serve, (*_ENGINE, *_HTTP, "worker_yields"))
     serve.add_argument("--external-redis", metavar="URL", help="use this Redis instead of a Valkey of our own")
     add("api", "the API process", _api, (*_HTTP, *_API))
     worker = add("worker", "the worker process", _worker, (*_ENGINE, *_HTTP, "redis_url"))

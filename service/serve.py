@@ -28,7 +28,7 @@ logger = logging.getLogger("padrec.serve")
 
 LOOPBACK = "127.0.0.1"
 NEXT_FREE = range(8000, 8100)
-NICENESS = 10  # of workers, where the system knows no idle class
+WORKER_NICENESS = 10  # who answers goes before who computes: on shared cores refusals would wait for lists
 
 
 class Service(NamedTuple):
@@ -108,7 +108,11 @@ class _Plan:
         # Nobody but our API asks this worker, and that has stopped before: it need not wait to be noticed.
         flags = ("--drain-seconds", "0", "--metrics-port", "0", *flags)
         process = self._start("worker", LOOPBACK, self.worker_port, given, *flags)
-        _give_way(process.pid)
+        if self.settings.worker_yields and sys.platform == "linux":
+            # To a process that wakes up, a core where only this runs is free; with niceness it queues for a busy one.
+            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + WORKER_NICENESS)
         return process
 
     def start_spare(self) -> subprocess.Popen[bytes]:
@@ -142,17 +146,6 @@ class _Plan:
         if is_ready(url):
             self._announced = True
             print(f"padrec serves on {url} (try {url}/docs)", flush=True)  # noqa: T201 - a command's answer
-
-
-def _give_way(pid: int) -> None:
-    """Let a new process compute only on cores that nobody else wants: who answers goes before who computes.
-
-    Linux sends a process that wakes up to a core where only SCHED_IDLE runs as if that were free. Niceness does not do
-    that: refusals waited for the other processes of the API's core while the worker had one to itself."""
-    try:
-        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-    except (AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
 
 
 @contextlib.contextmanager

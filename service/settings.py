@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     measurements: Path | None = Field(
         None, description="file in which a worker's warm-up leaves what it measured, for the one that takes its place"
     )
+    worker_yields: bool = Field(
+        False, description="`padrec serve` on Linux: the worker computes only on cores that nothing else wants"
+    )
     max_waiting: int = Field(128, ge=0, le=100_000, description="requests the worker lets wait")
     max_wait_ms: int = Field(10_000, ge=1, le=600_000, description="predicted wait the worker's line may reach")
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from service.process import bind
-from service.serve import environment, is_ready
+from service.serve import WORKER_NICENESS, environment, is_ready
 from service.settings import Settings
 from service.supervisor import free_port
 from tests.service.tiny_bundle import item_ids, write_bundle
@@ -49,6 +49,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def niceness(pid: int) -> set[int]:
+    """Of every thread."""
+    return {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()}
+
+
 def policies(pid: int) -> set[int]:
     """How its threads are scheduled."""
     return {os.sched_getscheduler(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()}
@@ -59,10 +64,10 @@ def command_of(pid: int) -> str:
 
 
 @contextmanager
-def serving(bundle: Path, *, ready: bool = True) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def serving(bundle: Path, *flags: str, ready: bool = True) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     port = free_port("127.0.0.1")
     command = [sys.executable, "-m", "service.cli", "serve", "--bundle", str(bundle), "--port", str(port)]
-    command += ["--drain-seconds", "0", "--log-level", "warning", "--num-rows", "2"]
+    command += ["--drain-seconds", "0", "--log-level", "warning", "--num-rows", "2", *flags]
     process = subprocess.Popen(command)
     try:
         url = f"http://127.0.0.1:{port}"
@@ -79,6 +84,14 @@ def recommend(url: str, items: list[str], **body: Any) -> dict[str, Any]:
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = reply.json()
     return answer
+
+
+def test_a_worker_that_is_to_yield_computes_only_where_nothing_else_wants_the_core(bundle: Path) -> None:
+    with serving(bundle, "--worker-yields", "true") as (process, url):
+        assert recommend(url, item_ids(bundle)[:4], deadline_ms=30_000)["degraded"] == []
+        for pid in children(process.pid):
+            worker = "service.cli worker" in command_of(pid)
+            assert policies(pid) == {os.SCHED_IDLE if worker else os.SCHED_OTHER}
 
 
 def test_answers_from_the_model_survives_a_killed_worker_and_stops_without_a_trace(bundle: Path) -> None:
@@ -98,8 +111,8 @@ def test_answers_from_the_model_survives_a_killed_worker_and_stops_without_a_tra
         until(lambda: len(children(process.pid)) == 4, 20)  # Valkey, the API, the worker and its spare
         workers = [pid for pid in children(process.pid) if "service.cli worker" in command_of(pid)]
         (worker,) = (pid for pid in workers if "--spare" not in command_of(pid))
-        for pid in children(process.pid):
-            assert policies(pid) == {os.SCHED_IDLE if pid in workers else os.SCHED_OTHER}, "who answers goes first"
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert all(niceness(pid) == {own + WORKER_NICENESS * (pid in workers)} for pid in children(process.pid))
         os.kill(worker, signal.SIGKILL)
         until(lambda: not alive(worker), 5)
         fallback = recommend(url, history)
