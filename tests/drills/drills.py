@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import redis
+import uvloop
 
 from service import child
 from service.bench_api import resident_mib
@@ -274,7 +275,8 @@ async def _each_alone(url: str, bodies: Sequence[Body]) -> list[Answer]:
 
 def overload(drill: Drill) -> None:
     """4. Ten times more than can be done: as much is done as before, the rest is told so at once."""
-    with stack.served(drill.bundle) as service:
+    # The client shares the cores, as a backend beside the service would; it and the API must not queue for one of them.
+    with stack.served(drill.bundle, "--worker-yields", "true") as service:
         warm(service.url, drill)
         pids = [stack.pid_of(service, f"service.cli {name}") for name in ("api", "worker")]
 
@@ -286,7 +288,8 @@ def overload(drill: Drill) -> None:
         memory = sum(map(resident_mib, pids))
         seconds = 60 * drill.scale
         started = time.monotonic()
-        answers = asyncio.run(_crowded(service.url, body, capacity * 10, seconds))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:  # the client shares the two cores
+            answers = loop.run(_crowded(service.url, body, capacity * 10, seconds))
         drill.judge(answers, may_refuse=True)
         spent = max(a.sent + a.seconds for a in answers.all) - started
         goodput = sum(a.from_model for a in answers.all) / spent
@@ -621,16 +624,19 @@ def slow_clients(drill: Drill) -> None:
     """10. Clients that send or read a byte at a time, and bodies meant to hurt: others notice nothing, all get 4xx."""
     with stack.served(drill.bundle) as service:
         warm(service.url, drill)
-        seconds = 10 * drill.scale
-        usual = quantile(Load(service.url, drill.body, drill.rate, seconds).result().seconds(), 0.99)
         parts = urlsplit(service.url)
         assert parts.hostname and parts.port
-        with _dawdlers((parts.hostname, parts.port), 20):
-            answers = Load(service.url, drill.body, drill.rate, seconds).result()
-        drill.judge(answers)
-        drill.at_most(
-            "p99 beside 60 slow ones, times usual", quantile(answers.seconds(), 0.99) / usual, 1.2, timed=True
-        )
+        Load(service.url, drill.body, drill.rate, 4 * drill.scale).result()  # the first seconds are the slowest
+        usual, beside = Answers(0), Answers(0)
+        for _ in range(3):  # in turns: of a few hundred requests one halt of the machine makes the 99th percentile
+            for answers, slow in ((usual, 0), (beside, 20)):
+                with _dawdlers((parts.hostname, parts.port), slow):
+                    time.sleep(1.0)  # the lists that the slow readers asked for, all at once, are work like any other
+                    made = Load(service.url, drill.body, drill.rate, 7 * drill.scale).result()
+                answers.wanted, answers.all = answers.wanted + made.wanted, answers.all + made.all
+        drill.judge(beside)
+        ratio = quantile(beside.seconds(), 0.99) / quantile(usual.seconds(), 0.99)
+        drill.at_most("p99 beside 60 slow ones, times usual", ratio, 1.2, timed=True)
         for name, content in HOSTILE.items():
             drill.equal(name, _status_class(parts.hostname, parts.port, content), "4xx")
         drill.equal("bad chunking", _status_class(parts.hostname, parts.port, None), "4xx")
