@@ -81,6 +81,6 @@ def wanted_seconds(pid: int) -> float:
     keeps account of it (proc(5), schedstat)."""
     waited = 0
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the thread has ended, or nobody counts
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended, or nobody counts
             waited += int((thread / "schedstat").read_text(encoding="utf-8").split()[1])
     return cpu_seconds(pid) + waited / 1e9

@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -109,33 +109,32 @@ async def test_draining_goes_through_its_stages(signals: int) -> None:
     assert drain.refusing == (signals == 1)
 
 
-async def test_what_is_there_at_the_start_is_not_walked_through_again_by_the_collector() -> None:
-    """A walk through all that was imported halts every request for longer than it takes to answer one."""
+@asynccontextmanager
+async def serving() -> AsyncIterator[None]:
     server = DrainingServer(uvicorn.Config(FastAPI(), log_config=None, lifespan="on"), Drain(), load_settings())
     with bind("127.0.0.1", 0) as listener:
-        serving = asyncio.create_task(server.serve([listener]))
+        task = asyncio.create_task(server.serve([listener]))
         try:
             await until(lambda: server.started)
-            assert len(gc.get_objects()) < gc.get_freeze_count() / 10
+            yield
         finally:
             server.should_exit = True
-            await asyncio.wait_for(serving, 5)
+            await asyncio.wait_for(task, 5)
+
+
+async def test_what_is_there_at_the_start_is_not_walked_through_again_by_the_collector() -> None:
+    """A walk through all that was imported halts every request for longer than it takes to answer one."""
+    async with serving():
+        assert len(gc.get_objects()) < gc.get_freeze_count() / 10
 
 
 async def test_requests_that_come_and_go_do_not_make_the_collector_run() -> None:
-    server = DrainingServer(uvicorn.Config(FastAPI(), log_config=None, lifespan="on"), Drain(), load_settings())
-    with bind("127.0.0.1", 0) as listener:
-        serving = asyncio.create_task(server.serve([listener]))
-        try:
-            await until(lambda: server.started)
-            runs = sum(generation["collections"] for generation in gc.get_stats())
-            for _ in range(100):
-                crowd = [[n] for n in range(10_000)]
-                crowd.clear()
-            assert sum(generation["collections"] for generation in gc.get_stats()) == runs
-        finally:
-            server.should_exit = True
-            await asyncio.wait_for(serving, 5)
+    async with serving():
+        runs = sum(generation["collections"] for generation in gc.get_stats())
+        for _ in range(100):
+            crowd = [[n] for n in range(10_000)]
+            crowd.clear()
+        assert sum(generation["collections"] for generation in gc.get_stats()) == runs
 
 
 async def test_a_signal_before_it_serves_ends_it_at_once() -> None:
