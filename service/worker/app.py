@@ -172,8 +172,9 @@ class RoundPublisher:
         self._draft, self._verify = (metrics.stage.labels(stage) for stage in ("draft", "verify"))
         self._passes, self._saved = (m.labels(LIST) for m in (metrics.target_passes, metrics.target_passes_saved))
         self._skipped = metrics.spec_skipped_rounds.labels(LIST)
-        places = ("draft_per_position", "accepted_per_position", "draft_per_slot", "accepted_per_slot")
-        self._by_place: list[tuple[Counter, list[Counter]]] = [(getattr(metrics, name), []) for name in places]
+        by_step = (metrics.draft_per_position, metrics.accepted_per_position)
+        by_slot = (metrics.draft_per_slot, metrics.accepted_per_slot)
+        self._by_place: list[tuple[Counter, list[Counter]]] = [(counter, []) for counter in (*by_step, *by_slot)]
 
     def __call__(self, stats: RoundStats) -> None:
         if not stats.rows:
