@@ -8,7 +8,7 @@ RECBOLE := recbole==1.2.1
 BUNDLE ?= model/bundles/movielens-100k
 ONCE ?=
 
-.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve peers bench-peers train fuzz check format cover manifests drills load clean
+.PHONY: help install install-dev data demo test test-fast test-gpu bench bench-gpu bench-serve peers bench-peers train fuzz check format cover policies manifests drills load clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,11 +93,13 @@ OVERLAYS := overlays/dev overlays/production overlays/production-hpa overlays/pr
 	.tools/checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
 	@touch $@
 
-manifests: install-dev .tools/promtool .tools/checkov/.installed ## render, validate, test and policy-check deploy/ and docker/
-	$(BIN)/python -m pytest -q tests/deploy tests/docker
+policies: install-dev .tools/checkov/.installed ## policy-check what deploy/ renders to
 	@rm -rf .tools/rendered && mkdir -p .tools/rendered
 	@for each in $(OVERLAYS); do $(BIN)/kubectl kustomize deploy/$$each > .tools/rendered/$${each//\//-}.yaml || exit 1; done
 	.tools/checkov/bin/checkov -d .tools/rendered --config-file deploy/checkov.yaml
+
+manifests: policies .tools/promtool ## the same, and render, validate and test them
+	$(BIN)/python -m pytest -q tests/deploy tests/docker
 
 format: install-dev ## format the code
 	$(BIN)/ruff format .

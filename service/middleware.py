@@ -52,7 +52,7 @@ logger = logging.getLogger("padrec.error")
 class Ticket:
     """One request at the door. `request_id` is the caller's, `internal_id` is ours and always fresh.
 
-    `started` is in `time.monotonic()` seconds.
+    `started` is in `time.monotonic()` seconds. `refused`: whether a refusal of it, or of a part, has been counted.
     """
 
     request_id: str
@@ -61,6 +61,7 @@ class Ticket:
     trace: tracing.Trace
     outcome: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
+    refused: bool = False
 
 
 class Door:

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
         description="comma-separated worker URLs; a name stands for all its addresses",
     )
     worker_key: SecretStr | None = Field(
-        None, min_length=16, description="secret between API and workers; of several, the API shows the first"
+        None, description="secret between API and workers; of several, the API shows the first"
     )
     api_keys_file: Path | None = Field(None, description="keys and their scopes; once set, all but health needs one")
     poll_seconds: float = Field(
@@ -108,6 +108,13 @@ class Settings(BaseSettings):
     def _check_endpoint(cls, value: str | None) -> str | None:
         if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname):
             raise ValueError("must look like http://host:port")
+        return value
+
+    @field_validator("worker_key")
+    @classmethod
+    def _check_worker_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and any(len(key.strip()) < 16 for key in value.get_secret_value().split(",")):
+            raise ValueError("must be at least 16 characters long, and so must each of several, between commas")
         return value
 
     @field_validator("redis_url")

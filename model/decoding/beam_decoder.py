@@ -73,7 +73,7 @@ class BeamDecoder:
             self.draft = HeadDraft(draft, target, self.tree, num_rows, prompt, widest)
         elif draft is not None:
             self.draft = ModelDraft(draft, self.tree, num_rows, prompt, widest)
-        self._draft_seconds = 0.0
+        self._draft_seconds, self._prompts_read = 0.0, 0  # since the last pass
         filters = FilterTable(catalog, trie, num_rows)
         self.rows = BeamRows(num_rows, self.tree, filters, max_history_items, room, target.hidden_size, self.max_k)
         self._native_rows = NativeRows(self.tree.tables(), self.tree.nowhere, self.tree.has_chains)
@@ -105,6 +105,7 @@ class BeamDecoder:
         finished = [self.rows.finish(i) for i in placed if not self.rows.row(i).wanted]
         indices = [i for i in placed if self.rows.held[i] is not None]
         if indices:
+            self._prompts_read += len(indices)
             self._prefill(indices)
         for index in indices:
             self.rows.row(index).prefill_seconds = time.perf_counter() - started
@@ -216,8 +217,9 @@ class BeamDecoder:
             accepted_levels=accepted,
             forced_levels=forced,
             lossy_rows=lossy,
+            prompts_read=self._prompts_read,
         )
-        self._draft_seconds = 0.0
+        self._draft_seconds, self._prompts_read = 0.0, 0
         return [self.rows.finish(i) for i in indices if self._done(i)], stats
 
     def _ahead(self, row: BeamRow, rows: int, fresh: bool = False) -> Ahead:

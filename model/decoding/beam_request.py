@@ -44,7 +44,8 @@ class BeamResult(ListResult):
 @dataclass(frozen=True)
 class BeamStats:
     """What one pass over beams did, for metrics. `draft_seconds`: what drafts took since the pass before (they search
-    when a request is admitted), `verify_seconds`: the target's pass and the choices."""
+    when a request is admitted), `verify_seconds`: the target's pass and the choices, `prompts_read`: rows whose prompts
+    were read before it."""
 
     rows: int
     draft_seconds: float
@@ -54,3 +55,4 @@ class BeamStats:
     accepted_levels: int
     forced_levels: int
     lossy_rows: int
+    prompts_read: int

@@ -107,6 +107,7 @@ class ListDecoder:
         self.prefill_tokens = prefill_tokens
         self._unread: list[tuple[int, Row]] = []
         self._has_read = False
+        self._prompts_read = 0  # since the last round
 
     def freeze(self) -> None:
         """End of warm-up, nothing running: make every device program that may be asked for, and no other ever after.
@@ -186,6 +187,7 @@ class ListDecoder:
             fitting = [i for (i, row), end in zip(self._unread, ends, strict=True) if end <= share and not row.position]
             read, size = fitting, max(len(self.rows.row(i).unread) for i in fitting)
         rows = [self.rows.row(i) for i in read]
+        self._prompts_read += len(read)
         self._prefill(read, size)
         self._unread = [(i, row) for i, row in self._unread if row.unread]
         for row in rows:
@@ -553,8 +555,8 @@ class ListDecoder:
         by_step, by_slot = (drafted_by_step, accepted_by_step), (drafted_by_slot, accepted_by_slot)
         return RoundCounts(*by_step, *by_slot, tried, passed, seconds, target_tokens)
 
-    @staticmethod
-    def _stats(indices: list[int], counts: RoundCounts, forced_tokens: int) -> RoundStats:
+    def _stats(self, indices: list[int], counts: RoundCounts, forced_tokens: int) -> RoundStats:
+        prompts_read, self._prompts_read = self._prompts_read, 0
         return RoundStats(
             rows=len(indices),
             draft_seconds=counts.seconds[0],
@@ -569,4 +571,5 @@ class ListDecoder:
             accepted_by_slot=tuple(counts.accepted_by_slot),
             tried=tuple(map(tuple, counts.tried)),
             passed=tuple(map(tuple, counts.passed)),
+            prompts_read=prompts_read,
         )

@@ -40,8 +40,8 @@ def create_app(
     registry = new_registry()
     metrics = ApiMetrics(registry)
     metrics.build_info.labels(__version__, "api").set(1)
-    redis = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
-    cache = RedisCache(redis, metrics)
+    patience = settings.redis_timeout_ms / 1000
+    cache = RedisCache(connect(settings.redis_url.get_secret_value(), patience), metrics, patience)
     catalog = Catalog(cache, settings, metrics)
     transport = worker_transport or WorkerTransport()
     workers = WorkerClient(transport, settings, metrics, as_named if worker_transport else addresses)

@@ -4,9 +4,10 @@ Reads like the story of a request. Knows no HTTP: it takes a validated request a
 one of `service.errors`.
 """
 
+import asyncio
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +121,7 @@ class Recommender:
             return await self._ask(work)
 
     async def _ask(self, work: _Work) -> RecommendResponse:
-        with self._timed(work, "map_history"):
+        async with self._looking_up(work, "map_history"):
             await self._map_history(work)
         if not work.history.found:
             if work.history.unread and work.request.fallback == "none":
@@ -130,7 +131,7 @@ class Recommender:
             return self._popular(work)
         reserve = min(_RESERVE_SECONDS, (work.deadline - time.monotonic()) * _RESERVE_SHARE)
         answer = await self.workers.generate(_generate_request(work), work.deadline - reserve)
-        with self._timed(work, "map_items"):
+        async with self._looking_up(work, "map_items"):
             items = await self._map_items(work, answer)
         if not items and answer.items:
             return self._popular(work)
@@ -239,10 +240,15 @@ class Recommender:
             return current
         return await self.catalog.version(served) or current
 
-    @contextmanager
-    def _timed(self, work: _Work, stage: str) -> Iterator[None]:
+    @asynccontextmanager
+    async def _looking_up(self, work: _Work, stage: str) -> AsyncIterator[None]:
+        """Timed, and broken off at the request's deadline. Raises DeadlinePassed."""
         started = time.monotonic()
-        yield
+        try:
+            async with asyncio.timeout(work.deadline - started):
+                yield
+        except TimeoutError as exc:
+            raise DeadlinePassed("The deadline passed while items were looked up.") from exc
         seconds = time.monotonic() - started
         work.milliseconds[stage] = work.milliseconds.get(stage, 0.0) + seconds * 1000
         self.metrics.stage.labels(stage).observe(seconds)

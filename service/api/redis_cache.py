@@ -6,11 +6,11 @@ Knows no catalogs: it runs commands, times them, and turns every Redis error int
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from service.metrics import ApiMetrics
-from service.redis_client import REDIS_ERRORS, Client, close
+from service.redis_client import MAX_CONNECTIONS, REDIS_ERRORS, Client, close
 
 T = TypeVar("T")
 OPEN_AFTER_FAILURES = 2
@@ -26,10 +26,15 @@ class RedisDown(Exception):
 class RedisCache:
     """The few commands the catalog needs. `up` is the outcome of the last round trip."""
 
-    def __init__(self, client: Client, metrics: ApiMetrics) -> None:
+    def __init__(self, client: Client, metrics: ApiMetrics, budget_seconds: float) -> None:
+        """`budget_seconds`: for a round trip from wish to answer. The client's own patience is for each reply of a
+        pipeline, each of the steps of connecting, and so on: many times as much in all."""
         self.client = client
         self.metrics = metrics
         self.up = True
+        self._budget = budget_seconds
+        # Pools of Sentinel and Cluster clients refuse who comes when all connections are taken; here he waits.
+        self._room = asyncio.Semaphore(MAX_CONNECTIONS)
         self._failures = 0
         self._open_until = 0.0
 
@@ -57,17 +62,19 @@ class RedisCache:
     async def close(self) -> None:
         await close(self.client)
 
-    async def _bounded(self, op: str, reply: Awaitable[T]) -> T:
+    async def _bounded(self, op: str, reply: Coroutine[Any, Any, T]) -> T:
         started = time.monotonic()
         if started < self._open_until:
-            _discard(reply)
+            reply.close()
             raise RedisDown("not being asked")
         try:
-            answer = await reply
+            async with asyncio.timeout(self._budget), self._room:
+                answer = await reply
         except REDIS_ERRORS as exc:
             self._failed(op, exc)
             raise RedisDown(type(exc).__name__) from exc
         finally:
+            reply.close()  # who found no room in time has not begun
             self.metrics.redis_duration.labels(op).observe(time.monotonic() - started)
         if not self.up:
             logger.info("redis is back")
@@ -82,8 +89,3 @@ class RedisCache:
         if self.up:
             logger.warning("redis does not answer", extra={"error": type(exc).__name__})
         self.up = False
-
-
-def _discard(reply: Awaitable[Any]) -> None:
-    if asyncio.iscoroutine(reply):
-        reply.close()

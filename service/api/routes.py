@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from service.api.recommender import Recommender
-from service.errors import PROBLEM_JSON, DeadlinePassed, PadrecError
+from service.errors import PROBLEM_JSON, DeadlinePassed, Overloaded, PadrecError
 from service.middleware import Admission, Ticket, header_deadline_ms, read_json_body, while_connected
 from service.schemas import (
     BATCH_EXAMPLES,
@@ -58,7 +58,7 @@ def recommend_routes(recommender: Recommender, admission: Admission, settings: S
             if time.monotonic() >= deadline:
                 raise DeadlinePassed("The deadline passed before the work began.")
             if wanted.history:
-                recommender.workers.refuse_if_full(deadline)
+                refuse_if_full(ticket, deadline)
         return recommender.recommend(
             wanted,
             request_id=ticket.request_id + part,
@@ -66,6 +66,15 @@ def recommend_routes(recommender: Recommender, admission: Admission, settings: S
             started=ticket.started,
             deadline=deadline,
         )
+
+    def refuse_if_full(ticket: Ticket, deadline: float) -> None:
+        try:
+            recommender.workers.refuse_if_full(deadline)
+        except Overloaded as full:
+            if not ticket.refused:  # of a batch once: requests are counted like that
+                ticket.refused = True
+                admission.refused(full, "worker")
+            raise
 
     async def read(request: Request) -> Any:
         return parse(await read_json_body(request, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds))

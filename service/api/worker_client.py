@@ -172,7 +172,7 @@ class WorkerClient:
         remaining = deadline - time.monotonic()
         worker = self._choose(request.catalog_version, None, remaining)
         if worker.refuses(remaining):
-            raise self._full(worker)
+            raise _full(worker)
         try:
             return await self._ask(worker, request, deadline)
         except (WorkerUnavailable, Overloaded) as exc:
@@ -190,11 +190,7 @@ class WorkerClient:
         with contextlib.suppress(WorkerUnavailable):
             worker = self._choose(None, None, remaining)
             if worker.refuses(remaining):
-                raise self._full(worker)
-
-    def _full(self, worker: Worker) -> Overloaded:
-        self._metrics.rejections.labels("worker").inc()
-        return Overloaded("Every worker is busy.", retry_after=worker.retry_after)
+                raise _full(worker)
 
     async def poll(self) -> None:
         """Look who there is and ask every worker how it is, for ever; one that is away or warming up is wanted back
@@ -398,6 +394,10 @@ class WorkerClient:
             )
         worker.up, worker.avoid = up, avoid
         self._metrics.worker_up.labels(str(worker.url)).set(up)
+
+
+def _full(worker: Worker) -> Overloaded:
+    return Overloaded("Every worker is busy.", retry_after=worker.retry_after)
 
 
 def _translated(

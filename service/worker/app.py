@@ -168,7 +168,7 @@ class RoundPublisher:
     Counters are looked up by label once: that took a tenth of a round that drafts, with warm caches."""
 
     def __init__(self, metrics: WorkerMetrics) -> None:
-        self._batch_size = metrics.batch_size.labels("decode")
+        self._batch_size, self._prompts = (metrics.batch_size.labels(phase) for phase in ("decode", "prefill"))
         self._draft, self._verify = (metrics.stage.labels(stage) for stage in ("draft", "verify"))
         self._passes, self._saved = (m.labels(LIST) for m in (metrics.target_passes, metrics.target_passes_saved))
         self._skipped = metrics.spec_skipped_rounds.labels(LIST)
@@ -177,6 +177,8 @@ class RoundPublisher:
         self._by_place: list[tuple[Counter, list[Counter]]] = [(counter, []) for counter in (*by_step, *by_slot)]
 
     def __call__(self, stats: RoundStats) -> None:
+        if stats.prompts_read:
+            self._prompts.observe(stats.prompts_read)
         if not stats.rows:
             return  # a share of a long prompt was read, and nobody waited for a round
         self._batch_size.observe(stats.rows)
@@ -196,6 +198,8 @@ class RoundPublisher:
 
 def publish_pass(metrics: WorkerMetrics, stats: BeamStats) -> None:
     """One pass over beams: how many took part, where its time went, the passes it took and saved."""
+    if stats.prompts_read:
+        metrics.batch_size.labels("prefill").observe(stats.prompts_read)
     metrics.batch_size.labels("decode").observe(stats.rows)
     if stats.draft_seconds:
         metrics.stage.labels("draft").observe(stats.draft_seconds)

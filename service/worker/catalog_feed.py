@@ -103,15 +103,16 @@ class CatalogFeed:
     async def _take_up(self, version: str) -> None:
         """Build, load, try out, serve. What goes wrong is logged and counted; then nothing has changed."""
         started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="padrec-catalog-") as folder:
-            status, reason = await self._build(version, Path(folder))
-            if status == 0:
-                try:
+        try:
+            with tempfile.TemporaryDirectory(prefix="padrec-catalog-") as folder:
+                status, reason = await self._build(version, Path(folder))
+                if status == 0:
                     stock = await self._serve(version, Path(folder))
-                except (CatalogRefused, EditionRefused) as exc:
-                    status, reason = catalog_builder.REFUSED, str(exc)
-                except (*REDIS_ERRORS, Corrupt) as exc:
-                    status, reason = catalog_builder.UNREADABLE, f"{type(exc).__name__}: {exc}"
+        except (CatalogRefused, EditionRefused) as exc:
+            status, reason = catalog_builder.REFUSED, str(exc)
+        except Exception as exc:
+            # Redis, a damaged entry, a full disk, a GPU without room for two editions: all of them may pass.
+            status, reason = catalog_builder.UNREADABLE, f"{type(exc).__name__}: {exc}"
         result = {0: "ok", catalog_builder.REFUSED: "refused"}.get(status, "unreadable")
         self.metrics.catalog_swaps.labels(result).inc()
         fields = {"catalog_version": version, "seconds": round(time.monotonic() - started, 3)}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.metrics import metric_names
+from service.metrics import ApiMetrics, HttpMetrics, WorkerMetrics, exposition, metric_names, new_registry
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -305,3 +305,12 @@ def test_promtool_accepts_every_expression_and_the_alerts_pass_their_unit_tests(
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("metrics", [ApiMetrics, WorkerMetrics])
+def test_promtool_finds_nothing_wrong_with_what_is_exported(metrics: type[HttpMetrics]) -> None:
+    registry = new_registry()
+    metrics(registry)
+    command = [tool("promtool"), "check", "metrics"]
+    done = subprocess.run(command, input=exposition(registry), capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

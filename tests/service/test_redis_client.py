@@ -16,10 +16,10 @@ from service import child
 from service.api.catalog import Catalog
 from service.api.publish import publish, roll_back, set_stock
 from service.api.redis_cache import RedisCache, RedisDown
-from service.catalog_codec import stock_key
+from service.catalog_codec import ACTIVE_KEY, stock_key
 from service.embedded_valkey import ValkeyProcess, valkey_binary
 from service.metrics import ApiMetrics
-from service.redis_client import REDIS_ERRORS, close, connect, get, url_fault
+from service.redis_client import MAX_CONNECTIONS, REDIS_ERRORS, close, connect, get, url_fault
 from service.supervisor import free_port
 from service.worker.catalog_builder import read_catalog
 from tests.service.tls import certificate
@@ -46,7 +46,7 @@ def server(folder: Path, *arguments: str, port: int) -> Iterator[None]:
 async def whole_story(url: str, folder: Path, reader_url: str | None = None) -> None:
     """Publish, read as an API and as a worker do, change the stock, swap, go back."""
     await publish(write_catalog(folder), url)
-    redis = RedisCache(connect(reader_url or url, 1), ApiMetrics(CollectorRegistry()))
+    redis = RedisCache(connect(reader_url or url, 1), ApiMetrics(CollectorRegistry()), 1)
     catalog = Catalog(redis, api_settings(), redis.metrics)
     try:
         await catalog.start()
@@ -66,7 +66,8 @@ async def whole_story(url: str, folder: Path, reader_url: str | None = None) -> 
         await roll_back(url)
         await catalog.refresh()
         assert catalog.current.version == VERSION
-        assert redis.up
+        crowd = await asyncio.gather(*(redis.get(ACTIVE_KEY) for _ in range(3 * MAX_CONNECTIONS)))
+        assert len({bytes(value) for (value,) in crowd if value}) == 1 and redis.up  # more than there are connections
     finally:
         await redis.close()
 
@@ -184,7 +185,7 @@ async def test_tls_is_spoken_and_the_certificate_checked(valkey: ValkeyProcess, 
         await whole_story(f"rediss://localhost:{port}/0?ssl_ca_certs={cert}", tmp_path)
         other, _ = certificate(tmp_path, "other")
         for url in (f"rediss://localhost:{port}/0?ssl_ca_certs={other}", f"rediss://localhost:{port}/0"):
-            stranger = RedisCache(connect(url, 1), ApiMetrics(CollectorRegistry()))
+            stranger = RedisCache(connect(url, 1), ApiMetrics(CollectorRegistry()), 1)
             with pytest.raises(RedisDown):
                 await stranger.get("padrec:active")
             await stranger.close()

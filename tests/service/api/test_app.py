@@ -179,6 +179,28 @@ async def test_too_many_at_once_are_refused_at_the_door(standing: ValkeyProcess)
     assert all(r.headers["retry-after"] for r in replies if r.status_code == 503)
 
 
+async def test_what_full_workers_cannot_take_is_a_refusal_once_a_request_and_only_where_nobody_answers(
+    standing: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.api.worker_client.FULL_SECONDS", 60.0)  # what it said is believed for so long
+
+    def counted(text: str) -> float:
+        name = 'padrec_admission_rejections_total{reason="worker"}'
+        return next((float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name)), 0.0)
+
+    bare = ASK | {"fallback": "none"}
+    async with api(api_settings(standing.url), Workers(w1=TinyWorker(status=503))) as client:
+        assert (await client.post("/recommend", json=ASK)).status_code == 200  # the worker says that it is full
+        popular = await client.post("/recommend", json=ASK)
+        assert popular.json()["items"][0]["source"] == "popular"
+        assert counted((await client.get("/metrics")).text) == 0
+        assert (await client.post("/recommend", json=bare)).status_code == 503
+        assert counted((await client.get("/metrics")).text) == 1
+        batch = await client.post("/v1/recommend/batch", json={"requests": [bare] * 8})
+        assert [result["status"] for result in batch.json()["results"]] == [503] * 8
+        assert counted((await client.get("/metrics")).text) == 2
+
+
 async def test_metrics_tell_routes_and_outcomes_and_no_ids(standing: ValkeyProcess) -> None:
     async with api(api_settings(standing.url), Workers(w1=TinyWorker())) as client:
         await client.post("/recommend", json=ASK)

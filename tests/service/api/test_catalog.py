@@ -24,7 +24,7 @@ from tests.service.wire import NUM_ITEMS, OTHER_VERSION, VERSION, api_settings, 
 @asynccontextmanager
 async def opened(url: str, copy: Path | None = None, **others: Any) -> AsyncIterator[tuple[Catalog, RedisCache]]:
     metrics = ApiMetrics(CollectorRegistry())
-    redis = RedisCache(connect(url, 0.2), metrics)
+    redis = RedisCache(connect(url, 0.2), metrics, 0.2)
     catalog = Catalog(redis, api_settings(url, catalog_file=copy, **others), metrics)
     await catalog.start()
     try:
@@ -186,7 +186,7 @@ async def test_a_bug_in_one_refresh_does_not_end_the_following(published: Valkey
                 raise RuntimeError("a bug")
 
     metrics = ApiMetrics(CollectorRegistry())
-    redis = RedisCache(connect(published.url, 0.2), metrics)
+    redis = RedisCache(connect(published.url, 0.2), metrics, 0.2)
     catalog = Stumbling(redis, api_settings(published.url), metrics)
     following = asyncio.create_task(catalog.follow())
     await until(lambda: catalog.refreshes > 1)
@@ -279,7 +279,7 @@ async def test_a_silent_redis_costs_its_budget_and_is_left_alone_for_a_while(tmp
 
     async with await asyncio.start_unix_server(silent, path=tmp_path / "s"):
         metrics = ApiMetrics(CollectorRegistry())
-        redis = RedisCache(connect(f"unix://{tmp_path}/s", 0.05), metrics)
+        redis = RedisCache(connect(f"unix://{tmp_path}/s", 0.05), metrics, 0.05)
         catalog = Catalog(redis, api_settings(f"unix://{tmp_path}/s"), metrics)
         loop = asyncio.get_running_loop()
         started = loop.time()

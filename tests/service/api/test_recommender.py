@@ -248,6 +248,19 @@ async def test_a_slow_worker_is_answered_for_before_the_deadline(standing: Valke
     assert worker.abandoned == 2
 
 
+async def test_a_silent_redis_is_not_waited_for_beyond_the_deadline(published: ValkeyProcess) -> None:
+    redis = connect(published.url, 1)
+    async with api(api_settings(published.url, redis_timeout_ms=2000), Workers(w1=TinyWorker())) as client:
+        await redis.execute_command("CLIENT", "PAUSE", 1000, "ALL")
+        started = time.monotonic()
+        answer = await ask(client, deadline_ms=200)
+        assert time.monotonic() - started < 1
+        assert codes(answer) == ["deadline"]
+        late = await client.post("/recommend", json={"history": ["i0"], "deadline_ms": 50, "fallback": "none"})
+        assert late.status_code == 504
+    await redis.aclose()
+
+
 async def test_items_that_name_nothing_are_dropped_and_counted(standing: ValkeyProcess) -> None:
     wrong = [{"codes": c, "score": -1.0} for c in ([3, 3, 3, 0], [9, 9, 9, 9], codes_of(5))]
     async with api(api_settings(standing.url), Workers(w1=TinyWorker(spoil={"items": wrong}))) as client:

@@ -1,7 +1,7 @@
 """A worker follows the published catalog: real Redis, real builder process, real engine and wire."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,8 @@ def decoder(tiny: Tiny, index: CatalogIndex) -> ListDecoder:
 class Worker:
     """A worker application that follows a Redis, and a client of it."""
 
-    def __init__(self, tiny: Tiny, url: str) -> None:
+    def __init__(self, tiny: Tiny, url: str, failures: Iterator[Exception]) -> None:
+        """`failures`: what the next attempts to make an edition end in."""
         self.tiny, vocabulary = tiny, tiny.target.vocabulary
         registry = new_registry()
         metrics = WorkerMetrics(registry)
@@ -59,6 +60,8 @@ class Worker:
         served = Served("tiny", "m1", max_k=20, max_history_items=6)
 
         def edition(index: CatalogIndex) -> Edition:
+            for failure in failures:
+                raise failure
             return Edition(index.version, decoder(tiny, index), index.golden_requests(4, 6))
 
         self.feed = CatalogFeed(self.engine, edition, vocabulary, served, settings, metrics)
@@ -76,8 +79,8 @@ class Worker:
 
 
 @asynccontextmanager
-async def following(tiny: Tiny, url: str) -> AsyncIterator[Worker]:
-    worker = Worker(tiny, url)
+async def following(tiny: Tiny, url: str, *failures: Exception) -> AsyncIterator[Worker]:
+    worker = Worker(tiny, url, iter(failures))
     async with worker.app.router.lifespan_context(worker.app), worker.client:
         await until(lambda: worker.engine.status().ready, 20)
         yield worker
@@ -204,6 +207,22 @@ async def test_a_damaged_catalog_is_not_taken_up(
         await redis.hset(key, item, sound)  # mended: it is tried again
         await until(lambda: worker.engine.catalog_version == new.version, 60)
     await redis.aclose()
+
+
+async def test_a_catalog_there_is_no_room_for_is_tried_again_later(
+    tiny: Tiny, valkey: ValkeyProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "padrec.catalog")
+    monkeypatch.setattr("service.worker.catalog_feed.RETRY_SECONDS", 1.0)
+    new = random_catalog(9)
+    await publish(saved(new, tmp_path), valkey.url)
+    async with following(tiny, valkey.url, RuntimeError("out of memory")) as worker:
+        await until(lambda: worker.engine.catalog_version == new.version, 60)
+        assert await worker.metric('padrec_catalog_swaps_total{result="unreadable"}') == 1
+        assert await worker.metric('padrec_catalog_swaps_total{result="ok"}') == 1
+    (failed,) = (vars(r) for r in caplog.records if "not taken up" in r.getMessage())
+    (active,) = (vars(r) for r in caplog.records if r.getMessage() == "catalog active")
+    assert failed["reason"] == "RuntimeError: out of memory" and active["created"] - failed["created"] > 1
 
 
 async def test_without_redis_or_with_damaged_stock_the_worker_serves_on(

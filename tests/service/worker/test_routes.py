@@ -159,6 +159,7 @@ async def test_a_relaxed_answer_says_so_in_the_answer_and_in_the_metrics(tiny: T
     passes = {s: float(values['padrec_target_passes_total{strategy="' + s + '"}']) for s in ("beam", "beam-relaxed")}
     assert passes["beam-relaxed"] == sum(answer["speculation"]["rounds"] for answer in relaxed)
     assert passes["beam"] == strict["speculation"]["rounds"]
+    assert float(values['padrec_batch_size_sum{phase="prefill"}']) == 5
     saved = 'padrec_target_passes_saved_total{strategy="beam"}'
     counts = strict["speculation"]
     assert float(values[saved]) == counts["accepted_tokens"] + counts["forced_tokens"]
@@ -375,6 +376,8 @@ async def test_metrics_tell_acceptance_length_stages_and_counts(tiny: Tiny) -> N
     assert float(values["padrec_spec_draft_tokens_total" + labels]) == counts["draft_tokens"]
     assert float(values["padrec_spec_accepted_tokens_total" + labels]) == counts["accepted_tokens"]
     assert float(values["padrec_spec_forced_tokens_total" + labels]) == counts["forced_tokens"]
+    assert float(values['padrec_batch_size_sum{phase="prefill"}']) == 1
+    assert float(values['padrec_batch_size_count{phase="decode"}']) == counts["rounds"]
     for stage in ("queue", "prefill", "draft", "verify"):
         assert float(values[f'padrec_stage_duration_seconds_count{{stage="{stage}"}}']) >= 1
     assert float(values['padrec_requests_total{outcome="ok",route="/generate"}']) == 1
