@@ -41,8 +41,7 @@ def load_app(settings: Settings, drain: Drain) -> FastAPI:
     """The application around the bundle the settings name. Raises SettingsError or `model.bundle.BundleError`."""
     if settings.bundle is None:
         raise SettingsError("setting 'bundle' (PADREC_BUNDLE, --bundle): the worker needs one")
-    # One core is left to the API and Valkey: two threads on a busy two-core machine are slower than one.
-    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
+    torch.set_num_threads(num_threads(settings))
     bundle = load_bundle(settings.bundle, dtype=settings.dtype, device=settings.device)
     logger.info("bundle loaded", extra={"layers": "compiled kernel" if bundle.target.native else "torch"})
     decoder = bundle.strategies(
@@ -145,6 +144,12 @@ def create_app(
     keys = Keys.of_secret(settings.worker_key.get_secret_value()) if settings.worker_key else None
     app.add_middleware(Door, metrics=metrics, drain=drain, spans=spans, keys=keys)
     return app
+
+
+def num_threads(settings: Settings) -> int:
+    """Threads that decode. One core is left to the API and Valkey: two threads on a busy two-core machine are slower
+    than one."""
+    return settings.threads or max(1, (os.cpu_count() or 2) - 1)
 
 
 def publisher(metrics: WorkerMetrics, model_version: str) -> Callable[[Stats | ListResult], None]:
