@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.http_head import BoundedHttp
 from service.probes import Drain
 from service.settings import Settings, SettingsError
 
@@ -77,8 +78,15 @@ def run_app(
 ) -> None:
     """Serve until a signal. `listener`: an already listening socket, kept open by whoever made it."""
     drain = Drain()
-    config = uvicorn.Config(
-        create(settings, drain),
+    config = server_config(create(settings, drain), settings)
+    sockets = [listener or bind(settings.host, settings.port)]
+    DrainingServer(config, drain, settings).run(sockets)
+
+
+def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How every server of ours speaks HTTP."""
+    return uvicorn.Config(
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -86,13 +94,11 @@ def run_app(
         server_header=False,
         lifespan="on",
         loop="uvloop",
-        http="httptools",
+        http=BoundedHttp,
         ws="none",
         timeout_keep_alive=75,  # longer than any client of ours keeps an idle connection
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
-    sockets = [listener or bind(settings.host, settings.port)]
-    DrainingServer(config, drain, settings).run(sockets)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from service.http_head import HEAD_BYTES
 from service.probes import Drain
 from service.process import DrainingServer, bind
 from service.settings import SettingsError, load_settings
@@ -90,6 +91,20 @@ def test_a_second_signal_skips_the_waiting(tmp_path: Path) -> None:
         subprocess.run(["kill", "-INT", str(pid)], check=True)
         started = time.monotonic()
     assert time.monotonic() - started < 30
+
+
+def test_it_bounds_heads_and_waits_for_none_when_it_ends(tmp_path: Path) -> None:
+    with api_process(write_catalog(tmp_path), 0) as (pid, url):
+        assert CLIENT.get(f"{url}/healthz", headers={"X-Pad": "x" * HEAD_BYTES}).status_code == 431
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_connection(address), socket.create_connection(address) as begun:
+            begun.sendall(b"GET /healthz HTTP/1.1\r\n")
+            subprocess.run(["kill", "-TERM", str(pid)], check=True)
+            started = time.monotonic()
+            while _status(url, "/healthz"):
+                time.sleep(0.01)
+            assert begun.recv(1) == b""
+        assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("signals", [1, 2])
