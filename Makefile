@@ -72,7 +72,7 @@ check: install-dev ## ruff, mypy strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-drills: install data ## fault drills against the real service, measured against what they promise (about ten minutes)
+drills: install data ## fault drills against the real service, measured against what they promise (about fourteen minutes)
 	$(BIN)/python -m tests.drills.run --bundle $(BUNDLE)
 
 load: install data ## the knee: latency over offered load, open loop, speculation on and off

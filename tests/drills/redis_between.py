@@ -1,4 +1,5 @@
-"""Stands between the API and Redis and misbehaves on demand: refuses, keeps silent, is slow, or leads elsewhere."""
+"""Stands between the API and Redis and misbehaves on demand: refuses, keeps silent, is slow, lets replies through one
+by one, or leads elsewhere."""
 
 import asyncio
 import contextlib
@@ -9,8 +10,9 @@ from urllib.parse import urlsplit
 
 from service.supervisor import free_port
 
-Mode = Literal["pass", "refuse", "silent", "slow"]
+Mode = Literal["pass", "refuse", "silent", "slow", "trickle"]
 SLOW_SECONDS = 0.2
+TRICKLE_SECONDS = 0.04  # before every reply: less than the API waits for one
 
 
 class RedisBetween:
@@ -73,8 +75,9 @@ class RedisBetween:
                 return
             there, back = await asyncio.open_unix_connection(self._target)
             try:
+                replies = self._trickle if self._mode == "trickle" else self._pump
                 done, others = await asyncio.wait(
-                    [asyncio.create_task(self._pump(reader, back)), asyncio.create_task(self._pump(there, writer))],
+                    [asyncio.create_task(self._pump(reader, back)), asyncio.create_task(replies(there, writer))],
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 for each in others:
@@ -95,3 +98,22 @@ class RedisBetween:
                     await asyncio.sleep(SLOW_SECONDS / 2)
                 writer.write(data)
                 await writer.drain()
+
+    async def _trickle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reply(reader):
+                if not data.startswith(b"+"):  # +OK: what sets a connection up passes, or there would be none
+                    await asyncio.sleep(TRICKLE_SECONDS)
+                writer.write(data)
+                await writer.drain()
+
+
+async def reply(reader: asyncio.StreamReader) -> bytes:
+    """One whole reply of Redis as it goes over the wire (RESP 2); empty at the end."""
+    line = await reader.readline()
+    kind, size = line[:1], line[1:].strip()
+    if kind == b"$" and size != b"-1":
+        return line + await reader.readexactly(int(size) + 2)
+    if kind == b"*":
+        return line + b"".join([await reply(reader) for _ in range(int(size))])
+    return line

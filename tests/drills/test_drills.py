@@ -3,6 +3,7 @@
 Times are measured and not judged here; `make drills` judges them.
 """
 
+import asyncio
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.drills.drills import DRILLS, Drill, corruption, fault, parent_killed, poison
+from tests.drills.redis_between import reply
 from tests.drills.run import line
 from tests.load.open_loop import Answer
 from tests.service.tiny_bundle import write_bundle
@@ -67,3 +69,19 @@ def test_a_missed_criterion_is_counted_whatever_its_kind(bundle: Path, tmp_path:
     drill.at_least("b", 2, 1)
     drill.equal("c", "x", "y")
     assert [each.ok for each in drill.criteria] == [False, True, False]
+
+
+def test_information_is_told_and_never_missed(bundle: Path, tmp_path: Path) -> None:
+    drill = Drill(bundle, data=tmp_path / "none")
+    drill.tell("a", "7 s")
+    assert drill.criteria[0].ok
+    assert line(drill.criteria[0]).split() == ["a", "7", "s"]
+
+
+async def test_replies_of_redis_are_told_apart() -> None:
+    replies = [b"+OK\r\n", b"$4\r\na\r\nb\r\n", b"*3\r\n$-1\r\n:1\r\n*1\r\n$1\r\na\r\n", b"*-1\r\n"]
+    reader = asyncio.StreamReader()
+    reader.feed_data(b"".join(replies))
+    reader.feed_eof()
+    assert [await reply(reader) for _ in replies] == replies
+    assert await reply(reader) == b""
