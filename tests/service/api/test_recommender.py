@@ -236,15 +236,19 @@ async def test_a_worker_that_finds_a_field_invalid_is_passed_on(standing: Valkey
     assert reply.json()["errors"] == [{"pointer": "/k", "reason": "should be less"}]
 
 
+async def answered_without_the_model_in_time(client: httpx.AsyncClient) -> None:
+    started = time.monotonic()
+    answer = await ask(client, deadline_ms=200)
+    assert time.monotonic() - started < 1
+    assert codes(answer) == ["deadline"]
+    late = await client.post("/recommend", json={"history": ["i0"], "deadline_ms": 50, "fallback": "none"})
+    assert late.status_code == 504
+
+
 async def test_a_slow_worker_is_answered_for_before_the_deadline(standing: ValkeyProcess) -> None:
     worker = TinyWorker(delay=5)
     async with api(api_settings(standing.url), Workers(w1=worker)) as client:
-        started = time.monotonic()
-        answer = await ask(client, deadline_ms=200)
-        assert time.monotonic() - started < 1
-        assert codes(answer) == ["deadline"]
-        late = await client.post("/recommend", json={"history": ["i0"], "deadline_ms": 50, "fallback": "none"})
-        assert late.status_code == 504
+        await answered_without_the_model_in_time(client)
     assert worker.abandoned == 2
 
 
@@ -252,12 +256,7 @@ async def test_a_silent_redis_is_not_waited_for_beyond_the_deadline(published: V
     redis = connect(published.url, 1)
     async with api(api_settings(published.url, redis_timeout_ms=2000), Workers(w1=TinyWorker())) as client:
         await redis.execute_command("CLIENT", "PAUSE", 1000, "ALL")
-        started = time.monotonic()
-        answer = await ask(client, deadline_ms=200)
-        assert time.monotonic() - started < 1
-        assert codes(answer) == ["deadline"]
-        late = await client.post("/recommend", json={"history": ["i0"], "deadline_ms": 50, "fallback": "none"})
-        assert late.status_code == 504
+        await answered_without_the_model_in_time(client)
     await redis.aclose()
 
 
