@@ -89,7 +89,7 @@ class ListResult:
 
 @dataclass(frozen=True)
 class RoundStats:
-    """What one round did, for metrics; before it, the prompts of `prompts_read` rows were read together. Slots and steps
+    """What a round did, for metrics; before it, the prompts of `prompts_read` rows were read together. Slots and steps
     index the per-slot and per-step counts; `tried` [slot][step] counts rows that began at a slot and came to a step of
     their tree, `passed` those that came beyond."""
 
