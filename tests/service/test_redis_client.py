@@ -46,7 +46,7 @@ def server(folder: Path, *arguments: str, port: int) -> Iterator[None]:
 async def whole_story(url: str, folder: Path, reader_url: str | None = None) -> None:
     """Publish, read as an API and as a worker do, change the stock, swap, go back."""
     await publish(write_catalog(folder), url)
-    redis = RedisCache(connect(reader_url or url, 1), ApiMetrics(CollectorRegistry()), 1)
+    redis = RedisCache(connect(reader_url or url, 5), ApiMetrics(CollectorRegistry()), 5)
     catalog = Catalog(redis, api_settings(), redis.metrics)
     try:
         await catalog.start()

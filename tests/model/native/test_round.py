@@ -14,7 +14,7 @@ from tests.model.conftest import Tiny
 from tests.model.decoding.test_list_decoder import MODES, mixed, some_requests
 
 COUNTS = ("rows", "draft_tokens", "accepted_tokens", "forced_tokens", "target_tokens", "drafted_by_step")
-COUNTS = (*COUNTS, "accepted_by_step", "drafted_by_slot", "accepted_by_slot", "tried", "passed")
+COUNTS = (*COUNTS, "accepted_by_step", "drafted_by_slot", "accepted_by_slot", "tried", "passed", "prompts_read")
 
 
 def decoder(
