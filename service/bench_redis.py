@@ -74,7 +74,7 @@ async def measure(num_items: int, codebook_size: int, history: int, lookups: int
             published = time.monotonic() - started
             per_item = (await _used_memory(client) - empty) / num_items
             settings = load_settings({"redis_url": server.url, "redis_timeout_ms": 1000})
-            redis = RedisCache(client, ApiMetrics(CollectorRegistry()), 1.0)
+            redis = RedisCache(client, ApiMetrics(CollectorRegistry()), settings.redis_timeout_ms / 1000)
             catalog = Catalog(redis, settings, redis.metrics)
             version = await catalog.version(header.version)
             assert version is not None, "what was just published can be read"

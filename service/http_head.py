@@ -45,7 +45,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     # What asyncio calls
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
         super().connection_made(transport)
         self.headers = []
         self._clients_turn()
@@ -69,7 +69,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._in_pieces(memoryview(data))
             return
         self._size += len(data)
-        HttpToolsProtocol.data_received(self, data)  # type: ignore[arg-type]
+        HttpToolsProtocol.data_received(self, data)  # type: ignore[arg-type]  # the parser takes any buffer
         if len(self.headers) > HEADERS:
             self._refuse(_TOO_LARGE)
         elif self._size and self._deadline is None:  # empty lines: they begin nothing, and stop uvicorn's timer
@@ -89,7 +89,7 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         HttpToolsProtocol.on_message_begin(self)
         self._begun = True
-        self._deadline = self.loop.time() + self.head_seconds
+        self._clients_turn()
 
     def on_headers_complete(self) -> None:
         if len(self.headers) > HEADERS or len(self.pipeline) == PIPELINED:

@@ -19,8 +19,9 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from service.http_head import HEAD_BYTES, HEADERS, PIPELINED, BoundedHttp
-from service.process import bind, server_config
+from service.process import server_config
 from service.settings import load_settings
+from tests.service.wire import running_server
 
 GET = b"GET /get HTTP/1.1\r\nhost: x\r\n\r\n"
 START = b"GET /get HTTP/1.1\r\nhost: x\r\nx-pad: "
@@ -101,22 +102,16 @@ def serving(http: type[BoundedHttp] = BoundedHttp, keep_alive: int = 75) -> Iter
     app = App()
     config = server_config(app, load_settings())
     config.http, config.lifespan, config.timeout_keep_alive = http, "off", keep_alive
-    server = uvicorn.Server(config)
-    with bind("127.0.0.1", 0) as listener:
-        running = Running(app, server, listener.getsockname())
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.005)
-            yield running
-        finally:
-            app.gate.set()
-            server.should_exit = True
-            thread.join(10)
-            for client in running.clients:
-                client.close()
-        assert not thread.is_alive()
+    clients: list[Client] = []
+    try:
+        with running_server(config) as (server, address):
+            try:
+                yield Running(app, server, address, clients)
+            finally:
+                app.gate.set()
+    finally:
+        for client in clients:
+            client.close()
 
 
 @pytest.fixture(scope="module")

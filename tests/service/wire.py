@@ -193,17 +193,25 @@ async def api(settings: Settings, network: Workers, drain: Drain | None = None) 
 @contextmanager
 def served(app: ASGIApp | FastAPI) -> Iterator[str]:
     """`app` under a real uvicorn on a free port, in a thread; yields its URL."""
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
+    with running_server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1)) as (_, address):
+        yield f"http://127.0.0.1:{address[1]}"
+
+
+@contextmanager
+def running_server(config: uvicorn.Config) -> Iterator[tuple[uvicorn.Server, tuple[str, int]]]:
+    """A real uvicorn on a free port, in a thread that ends with the block; yields it and its address."""
+    server = uvicorn.Server(config)
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.005)
+            yield server, listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(10)
+    assert not thread.is_alive()
 
 
 async def until(condition: Any, seconds: float = 5.0) -> None:
