@@ -24,7 +24,7 @@ from model.bundle import Bundle, BundleError, load_bundle
 from model.data.batches import padded_tokens
 from model.data.histories import Case, histories
 from model.data.movielens import DataError, read_movielens
-from model.decoding.budget import measured_budget
+from model.decoding.budget import LONG_LIST, measured_budget
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.measurements import processor
 from model.decoding.offline import Decoded, decode_all
@@ -70,9 +70,10 @@ class Variant:
 
 
 def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str], **options: Any) -> list[Variant]:
-    """Fresh decoders with `batch` rows; budgets of the speculating ones are measured first, as a worker does.
-    `options` go to the decoders as they are."""
-    made = []
+    """Fresh decoders with `batch` rows; budgets of the speculating ones are measured first, as a worker does: on lists
+    longer than `k`, which a worker has room for (static shapes would read all of that room in every round, and have
+    none). `options` go to the decoders as they are."""
+    made, max_k = [], k if options.get("static") else max(k, LONG_LIST)
     for name in names:
         speculating = {"draft": "draft-plain", "padrec": "draft"}.get(name)
         draft = {"draft": bundle.plain_draft, "padrec": bundle.draft}.get(name)
@@ -83,7 +84,7 @@ def variants(bundle: Bundle, batch: int, k: int, names: Sequence[str], **options
             bundle.catalog,
             num_rows=batch,
             max_history_items=bundle.info.max_history_items,
-            max_k=k,
+            max_k=max_k,
             budget=FixedBudget(Budget(0)),
             forced=name != "plain",
             **options,

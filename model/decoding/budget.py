@@ -19,25 +19,26 @@ from statistics import median
 from model.decoding.list_decoder import ListDecoder
 from model.decoding.profile import Profile
 from model.decoding.request import ListRequest, RoundStats
+from model.decoding.rows import Moment
 from model.decoding.topology import Budget, FixedBudget, Tree, best_trees, gains
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # nodes of the candidates
-LONG_LIST = 40  # items of the lists that rounds are timed on
+LONG_LIST = 20  # items of the lists that rounds are timed on
 PRIOR = 30  # decisions that what the profile says is worth to begin with
-DOUBT = 2  # and for ever: where little is seen, little is known
+DOUBT = 0.5  # and for ever: where little is seen, little is known
 FADE = 0.99  # of what was seen, a round
 DECIDE_EVERY = 16  # rounds
 PROBE_EVERY = 64  # rounds, or requests, without speculation
-# After a prompt, until the caches hold what rounds need, they take half as long again, and are not timed. Those that do
-# not draft begin with new prompts whenever they are timed, others go on with the rows there are: timed from the first
-# on, the former seemed a tenth dearer and the latter a quarter cheaper than they are.
-FIRST_ROUNDS = 8
+# Every budget is timed on the same stretch of the same lists, in the middle of a list of ten: the further down, the
+# more a round has to look at, and what it reads goes by turns with the slots. Rounds right after a prompt, or after
+# those of another budget, find the caches cold, and are not timed.
+FIRST_ROUNDS = 4
+STRETCH = 12  # decisions
+SETTLING = 2  # rounds
 SATURATED = 0.9  # of what a row's share of a round costs at the load before
 FEW_ROWS = 4
-# Of what a round takes: saving less is saving nothing. At warm-up rounds follow each other; in service they follow
-# prompts, and find less of the draft in the caches.
-MARGIN = 0.1
+MARGIN = 0.05  # of what a round takes: doubt lets a draft that is never right seem to save nearly as much
 PROBE_ROUNDS = 8  # of a request drafted for to try
 
 
@@ -159,7 +160,7 @@ def candidates(profile: Profile, max_steps: int, max_nodes: int) -> list[Budget]
 
 
 def measured_budget(
-    decoder: ListDecoder, requests: Sequence[ListRequest], profile: Profile, repeats: int = 5
+    decoder: ListDecoder, requests: Sequence[ListRequest], profile: Profile, repeats: int = 6
 ) -> LoadBudget:
     """Time rounds of `requests` (repeated as needed) at every load up to the decoder's rows. The decoder must be idle;
     it is idle again afterwards, and its budget is the one returned."""
@@ -172,9 +173,10 @@ def measured_budget(
             # A round is arithmetic by now: of more rows it takes as much longer.
             costs[load] = {candidate: found * load / before for candidate, found in costs[before].items()}
             continue
-        # Long lists: their prompts, which cost more than the rounds, are read once for many candidates.
+        # Lists that do not end in between: their prompts, which cost more than the rounds, are read once.
         batch = [replace(requests[i % len(requests)], k=min(decoder.max_k, LONG_LIST)) for i in range(load)]
-        seconds: dict[Budget, list[float]] = {}
+        rounds = _Rounds(decoder, batch)
+        seconds: dict[Budget, float] = {}
         prices: list[float] = []
         best = 0.0
         for candidate in possible:
@@ -182,15 +184,16 @@ def measured_budget(
             if gained <= best:
                 continue  # more nodes that gain nothing: noise could make them look cheaper
             best = gained
-            seconds[candidate] = _round_seconds(decoder, batch, candidate, repeats)
-            prices.append(median(seconds[candidate]) / gained)
+            seconds[candidate] = rounds.seconds(candidate, gained)
+            prices.append(seconds[candidate] / gained)
             if len(prices) > 3 and min(prices[-3:]) > prices[-4]:
                 break  # thrice dearer: what is larger still would only take time to say so
-        # Small batches are quick and noisy: more tries, turn by turn, so that a slow moment falls on all candidates.
-        for _ in range(4 // load - 1):
+        # Turn by turn, so that a slow moment falls on all candidates; the quickest turn was disturbed least. Rounds of
+        # few rows are quick and noisy: they get more turns.
+        for _ in range(max(1, repeats // load)):
             for candidate, found in seconds.items():
-                found += _round_seconds(decoder, batch, candidate, repeats)
-        costs[load] = {candidate: median(found) for candidate, found in seconds.items()}
+                seconds[candidate] = min(found, rounds.seconds(candidate, expected_decisions(candidate, profile)))
+        costs[load] = seconds
         _free(decoder)
     # Of prompts read alone, as they come while others are served: together they cost a little less.
     prompt_seconds = _prompt_seconds(decoder, requests[0], repeats) if decoder.draft else 0.0
@@ -228,29 +231,44 @@ def _survival(rates: Sequence[float], corrections: Iterable[float] = ()) -> list
     return list(accumulate((min(1.0, rate * right) for rate, right in zip(rates, known, strict=False)), mul))
 
 
-def _round_seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> list[float]:
-    """Of rounds of the whole batch: as many as there are before lists end, at least one."""
-    decoder.budget = FixedBudget(budget)
-    if not budget.steps:
-        _free(decoder)  # after rounds with drafts they seem a third dearer than after others of their own
-    seconds: list[float] = []
-    for _ in range(repeats):
-        if len(decoder.rows.in_use) < len(batch):  # a round of fewer rows would count as cheap
-            if seconds:
-                break
+class _Rounds:
+    """Rounds of one batch: those of every budget begin where those of all others do, as far down the lists."""
+
+    def __init__(self, decoder: ListDecoder, batch: list[ListRequest]) -> None:
+        self.decoder, self.batch = decoder, batch
+        self._moment: Moment | None = None
+
+    def seconds(self, budget: Budget, gained: float) -> float:
+        """Of a round of the whole batch that gains so many decisions, on average over the stretch; over less of it
+        where lists end before."""
+        for rounds in (SETTLING, round(STRETCH / gained)):
+            self._stand()
+            self.decoder.budget = FixedBudget(budget)
+            done, started = 0, time.perf_counter()
+            while not done or (done < rounds and self._whole):  # a round of fewer rows would count as cheap
+                self.decoder.round()  # what the host does between two of them is saved with them
+                done += 1
+        return (time.perf_counter() - started) / done
+
+    @property
+    def _whole(self) -> bool:
+        return len(self.decoder.rows.in_use) == len(self.batch)
+
+    def _stand(self) -> None:
+        """Where the first rounds of all lists are over, or, where lists are too short, at their begin."""
+        decoder = self.decoder
+        if self._moment is not None and self._whole:
+            decoder.rows.back_to(self._moment)
+            return
+        decoder.budget = FixedBudget(Budget(1 if decoder.draft else 0))
+        for rounds in (FIRST_ROUNDS, 0):
             _free(decoder)
-            _admit(decoder, batch)
-            for _ in range(FIRST_ROUNDS):
+            _admit(decoder, self.batch)
+            for _ in range(rounds):
                 decoder.round()
-            if len(decoder.rows.in_use) < len(batch):
-                _free(decoder)
-                _admit(decoder, batch)
-        started = time.perf_counter()
-        decoder.round()  # what the host does between two of them is saved with them
-        seconds.append(time.perf_counter() - started)
-    if not budget.steps:
-        _free(decoder)  # rows that went without drafts never get them again
-    return seconds
+            if self._whole:
+                break
+        self._moment = decoder.rows.moment()
 
 
 def _prompt_seconds(decoder: ListDecoder, request: ListRequest, repeats: int) -> float:

@@ -7,7 +7,7 @@ a row, N items, d hidden size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +81,13 @@ class Placement(NamedTuple):
     temperature: float
     top_p: float
     seed: int
+
+
+class Moment(NamedTuple):
+    """What rows held at one time: their tensors, and what the host knew of each."""
+
+    tensors: tuple[Tensor, ...]
+    held: list[Row | None]
 
 
 class Rows(HeldRows[Row]):
@@ -235,6 +242,20 @@ class Rows(HeldRows[Row]):
         pending_length[index] = fresh_length[index] = 0
         self._excluded[index] = self.trie.num_items
 
+    def moment(self) -> Moment:
+        """What the rows hold now, to go back to."""
+        return Moment(tuple(tensor.clone() for tensor in self._changing()), [_copied(row) for row in self.held])
+
+    def back_to(self, moment: Moment) -> None:
+        """As if no round had been since. No row may have been given away or freed in between."""
+        for tensor, before in zip(self._changing(), moment.tensors, strict=True):
+            tensor.copy_(before)
+        self.held[:] = map(_copied, moment.held)
+
+    def _changing(self) -> tuple[Tensor, ...]:
+        pending, fresh = (self.pending_tokens, self.pending_length), (self.fresh_tokens, self.fresh_length)
+        return (self._whole, *pending, *fresh, self.fresh_feature, self.excluded)
+
     def check_integrity(self) -> None:
         """Nothing leaks: free rows decode nothing, filters are held by rows only."""
         self._check_filters()
@@ -272,6 +293,10 @@ class Rows(HeldRows[Row]):
             self.fresh_tokens[rows, :added] = gain.tokens
             self.fresh_feature[rows, :added] = gain.feature
             self.fresh_length[rows] = pad(gain.length, (0, self.fresh_length.shape[1] - added))
+
+
+def _copied(row: Row | None) -> Row | None:
+    return None if row is None else replace(row, items=list(row.items))
 
 
 def account(row: Row, scores: Sequence[float], leaves: Sequence[int], lengths: Sequence[int], num_items: int) -> None:

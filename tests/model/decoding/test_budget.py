@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from model.decoding.budget import PROBE_EVERY, PROBE_ROUNDS, LoadBudget, candidates, expected_decisions, measured_budget
@@ -96,7 +98,7 @@ def test_candidates_are_none_chains_and_trees_within_the_bounds() -> None:
     assert all(budget.steps <= 2 and budget.steps * budget.width <= 6 for budget in found)
 
 
-def drafting(tiny: Tiny, num_rows: int) -> ListDecoder:
+def drafting(tiny: Tiny, num_rows: int, max_k: int = 10) -> ListDecoder:
     return ListDecoder(
         tiny.target,
         tiny.draft(),
@@ -104,7 +106,7 @@ def drafting(tiny: Tiny, num_rows: int) -> ListDecoder:
         tiny.catalog,
         num_rows=num_rows,
         max_history_items=6,
-        max_k=10,
+        max_k=max_k,
         budget=FixedBudget(Budget(3)),
     )
 
@@ -181,17 +183,44 @@ def test_what_a_draft_adds_to_a_prompt_is_measured(tiny: Tiny) -> None:
     assert budget.decisions_per_item == pytest.approx(tiny.trie.decisions_per_item)
 
 
+@pytest.mark.parametrize("max_k", [1, 3, 40])
+def test_rounds_of_every_budget_are_timed_from_the_same_place_of_the_lists(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, max_k: int
+) -> None:
+    """Further down a list a round looks at more. Lists may end before: those of one item before anything is timed."""
+    decoder = drafting(tiny, 2, max_k)
+    begun: dict[Budget, list[tuple[int, ...]]] = {}
+    one_round = decoder.round
+
+    def spied() -> Any:
+        begun.setdefault(decoder.budget(2), []).append(tuple(decoder.rows.base.tolist()))
+        return one_round()
+
+    monkeypatch.setattr(decoder, "round", spied)
+    requests = [ListRequest(str(i), (tiny.codes[i],), 10) for i in range(2)]
+    budget = measured_budget(decoder, requests, Profile.guess(tiny.trie.num_levels, [0.99] * 4), repeats=2)
+    assert decoder.rows.num_free == 2
+    timed = budget.seconds[2]
+    assert len(timed) > 3
+    assert all(found > 0 for found in timed.values())
+    if max_k == 40:
+        places = {min(begun[candidate]) for candidate in timed if candidate != Budget(1)}
+        assert len(places) == 1
+        assert places <= set(begun[Budget(1)])
+        assert min(begun[Budget(1)]) < min(places), "behind the first rounds"
+
+
 def test_rounds_that_are_arithmetic_are_not_measured_but_multiplied(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From 4 to 8 rows a round takes twice as long, so it does from 8 to 16; from 2 to 4 it would be told too soon."""
     timed: list[int] = []
 
-    def seconds(decoder: ListDecoder, batch: list[ListRequest], budget: Budget, repeats: int) -> list[float]:
-        timed.append(len(batch))
-        return [len(batch) * (1.0 + budget.steps / 4)]
+    def seconds(rounds: Any, budget: Budget, gained: float) -> float:
+        timed.append(len(rounds.batch))
+        return len(rounds.batch) * (1.0 + budget.steps / 4)
 
-    monkeypatch.setattr("model.decoding.budget._round_seconds", seconds)
+    monkeypatch.setattr("model.decoding.budget._Rounds.seconds", seconds)
     budget = measured_budget(drafting(tiny, 16), [ListRequest("r", (tiny.codes[0],), 5)], GOOD, repeats=1)
     assert set(timed) == {1, 2, 4, 8}
     assert budget.seconds[16] == {candidate: 2 * found for candidate, found in budget.seconds[8].items()}
