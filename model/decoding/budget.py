@@ -28,7 +28,7 @@ LONG_LIST = 20  # items of the lists that rounds are timed on
 PRIOR = 30  # decisions that what the profile says is worth to begin with
 DOUBT = 0.5  # and for ever: where little is seen, little is known
 FADE = 0.99  # of what was seen, a round
-DECIDE_EVERY = 16  # rounds
+DECIDE_EVERY = 32  # rounds
 PROBE_EVERY = 64  # rounds, or requests, without speculation
 # Every budget is timed on the same stretch of the same lists, in the middle of a list of ten: the further down, the
 # more a round has to look at, and what it reads goes by turns with the slots. Rounds right after a prompt, or after
@@ -74,7 +74,8 @@ class LoadBudget:
             for costs in self.seconds.values()
             for budget in costs
         }
-        self._asked, self._observed, self._last = 0, 0, Budget(0)
+        self._asked, self._last = 0, Budget(0)
+        self._seen: list[tuple[list[list[float]], RoundStats]] = []
         self._decide()
 
     def __call__(self, rows: int) -> Budget:
@@ -110,15 +111,25 @@ class LoadBudget:
         """Learn from a round's counts; every so often decide anew. A round without drafts says nothing of them."""
         if not (self._last.steps and stats.draft_tokens):
             return
-        told = zip(self._rates[self._last], stats.tried, stats.passed, strict=True)
-        for slot, (rates, tried, passed) in enumerate(told):
-            self._begun[slot] = FADE * self._begun[slot] + (tried[0] if tried else 0)
-            for step, rate in enumerate(rates[: len(tried)]):
-                self._expected[slot][step] = FADE * self._expected[slot][step] + tried[step] * rate
-                self._passed[slot][step] = FADE * self._passed[slot][step] + passed[step]
-        self._observed += 1
-        if self._observed % DECIDE_EVERY == 0:
+        self._seen.append((self._rates[self._last], stats))
+        if len(self._seen) == DECIDE_EVERY:
+            self._learn()
             self._decide()
+
+    def _learn(self) -> None:
+        """Count what was seen, all of it as old: round by round it would cost a tenth of a round."""
+        fade = FADE ** len(self._seen)
+        for counts in (self._begun, *self._expected, *self._passed):
+            counts[:] = [fade * count for count in counts]
+        for rates, stats in self._seen:
+            for slot, (tried, passed) in enumerate(zip(stats.tried, stats.passed, strict=True)):
+                if not any(tried):
+                    continue
+                self._begun[slot] += tried[0]
+                for step, rate in enumerate(rates[slot][: len(tried)]):
+                    self._expected[slot][step] += tried[step] * rate
+                    self._passed[slot][step] += passed[step]
+        self._seen.clear()
 
     def _load(self, rows: int) -> int:
         """The smallest measured load not below `rows`."""
