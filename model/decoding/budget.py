@@ -200,8 +200,8 @@ def measured_budget(
             if len(prices) > 3 and min(prices[-3:]) > prices[-4]:
                 break  # thrice dearer: what is larger still would only take time to say so
         # Turn by turn, so that a slow moment falls on all candidates; the quickest turn was disturbed least. Rounds of
-        # few rows are quick and noisy: they get more turns.
-        for _ in range(max(1, repeats // load)):
+        # few rows are quick and noisy: they get more turns, those of many one.
+        for _ in range(repeats // load):
             for candidate, found in seconds.items():
                 seconds[candidate] = min(found, rounds.seconds(candidate, expected_decisions(candidate, profile)))
         costs[load] = seconds
