@@ -38,7 +38,6 @@ STRETCH = 12  # decisions
 SETTLING = 2  # rounds
 SATURATED = 0.9  # of what a row's share of a round costs at the load before
 FEW_ROWS = 4
-MARGIN = 0.05  # of what a round takes: doubt lets a draft that is never right seem to save nearly as much
 PROBE_ROUNDS = 8  # of a request drafted for to try
 
 
@@ -153,7 +152,7 @@ class LoadBudget:
         # Of the seconds a decision takes without speculation; what was not measured without it is always drafted.
         alone = {load: costs.get(Budget(0), math.inf) for load, costs in self.seconds.items()}
         prices = {load: self.seconds[load][best] / decisions[best] for load, best in self.by_load.items()}
-        self._saved = {load: (1 - MARGIN) * alone[load] - price for load, price in prices.items()}
+        self._saved = {load: alone[load] - price for load, price in prices.items()}
 
 
 def candidates(profile: Profile, max_steps: int, max_nodes: int) -> list[Budget]:

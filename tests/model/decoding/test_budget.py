@@ -78,8 +78,9 @@ def test_speculation_ends_when_nothing_is_accepted_is_tried_now_and_then_and_com
 
 
 def test_a_plain_round_measured_in_a_slow_moment_does_not_make_a_useless_draft_pay() -> None:
-    """What drafts does all that a plain round does, and more."""
-    budget = LoadBudget({1: {Budget(0): 1.5, Budget(2): 1.1, Budget(4): 1.3}}, GOOD)
+    """What drafts does all that a plain round does, and more. Doubt lets it save a little for ever, less than what a
+    prompt costs."""
+    budget = LoadBudget({1: {Budget(0): 1.5, Budget(2): 1.1, Budget(4): 1.3}}, GOOD, 1.0)
     see(budget, 0, 400)
     assert not budget.drafts(1, 10)
 
