@@ -186,23 +186,22 @@ def measured_budget(
         # Lists that do not end in between: their prompts, which cost more than the rounds, are read once.
         batch = [replace(requests[i % len(requests)], k=min(decoder.max_k, LONG_LIST)) for i in range(load)]
         rounds = _Rounds(decoder, batch)
+        gained: dict[Budget, float] = {}
         seconds: dict[Budget, float] = {}
-        prices: list[float] = []
-        best = 0.0
         for candidate in possible:
-            gained = expected_decisions(candidate, profile)
-            if gained <= best:
+            expected = expected_decisions(candidate, profile)
+            if expected <= max(gained.values(), default=0.0):
                 continue  # more nodes that gain nothing: noise could make them look cheaper
-            best = gained
-            seconds[candidate] = rounds.seconds(candidate, gained)
-            prices.append(seconds[candidate] / gained)
+            gained[candidate] = expected
+            seconds[candidate] = rounds.seconds(candidate, expected)
+            prices = [seconds[timed] / gained[timed] for timed in gained]
             if len(prices) > 3 and min(prices[-3:]) > prices[-4]:
                 break  # thrice dearer: what is larger still would only take time to say so
         # Turn by turn, so that a slow moment falls on all candidates; the quickest turn was disturbed least. Rounds of
         # few rows are quick and noisy: they get more turns, those of many one.
         for _ in range(repeats // load):
-            for candidate, found in seconds.items():
-                seconds[candidate] = min(found, rounds.seconds(candidate, expected_decisions(candidate, profile)))
+            for candidate, expected in gained.items():
+                seconds[candidate] = min(seconds[candidate], rounds.seconds(candidate, expected))
         costs[load] = seconds
         _free(decoder)
     # Of prompts read alone, as they come while others are served: together they cost a little less.
